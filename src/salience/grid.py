@@ -1,0 +1,89 @@
+"""All rounding of weights to a grid, once.
+
+The uniform grid of a group with smallest value lo and largest value hi (both stretched to hold 0,
+so that 0 stays exactly 0) is, with L = 2**bits - 1:
+
+    asymmetric   scale = (hi - lo) / L          zero = round(-lo / scale)
+    symmetric    scale = 2 max(-lo, hi) / L     zero = 2**(bits-1)
+
+    code = clamp(round(w / scale) + zero, 0, L)
+
+The scale is rounded to fp16, the precision it is stored in, before any code is computed: codes
+made for an unrounded scale would be read back against another grid. Ties round to even.
+A narrower [lo, hi] than the group's own clips the outliers and makes every other step finer; where
+to stop is what the clip search of `methods.awq` asks.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from salience.errors import SalienceError
+from salience.qtensor import QTensor
+from salience.scheme import Scheme
+
+
+class Grid(NamedTuple):
+    """One uniform grid a group: `scales` fp16, `zeros` fp32 integers, both [..., groups]."""
+
+    scales: Tensor
+    zeros: Tensor
+    levels: int
+
+
+def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
+    """View a weight [out, in] as [out, groups, group_size]."""
+    return weight.unflatten(-1, (scheme.groups(weight.shape[-1]), -1))
+
+
+def value_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Smallest and largest weight of each group, stretched to hold 0: two [out, groups]."""
+    lo, hi = torch.aminmax(grouped(weight, scheme), dim=-1)
+    return lo.clamp(max=0), hi.clamp(min=0)
+
+
+def make_grid(lo: Tensor, hi: Tensor, scheme: Scheme) -> Grid:
+    """The grid that spans [lo, hi] of each group (lo <= 0 <= hi, any shape)."""
+    levels = scheme.levels
+    width = 2 * torch.maximum(-lo, hi) if scheme.sym else hi - lo
+    scales = (width / levels).to(torch.float16)
+    # A group of nothing but zeros (or of values under fp16's range) has no width: any scale does.
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    if scheme.sym:
+        zeros = torch.full_like(lo, 2 ** (scheme.bits - 1), dtype=torch.float32)
+    else:
+        zeros = torch.round(-lo.float() / scales.float()).clamp_(0, levels)
+    return Grid(scales, zeros, levels)
+
+
+def _steps(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Signed grid steps (code - zero) of a grouped weight, and the scales, broadcast and fp32."""
+    scales = grid.scales.float()[..., None]
+    zeros = grid.zeros[..., None]
+    steps = (weight / scales).round_()
+    return torch.clamp(steps, -zeros, grid.levels - zeros, out=steps), scales
+
+
+def snap(weight: Tensor, grid: Grid) -> Tensor:
+    """Each weight's nearest grid value, fp32. `weight` is grouped: [..., groups, group_size]."""
+    steps, scales = _steps(weight, grid)
+    return steps.mul_(scales)
+
+
+def encode(weight: Tensor, grid: Grid, scheme: Scheme) -> QTensor:
+    """Code a weight [out, in] on a grid [out, groups].
+
+    Raises:
+        SalienceError: a scale beyond fp16's range.
+    """
+    if not torch.isfinite(grid.scales).all():
+        raise SalienceError("a group's range is too wide for an fp16 scale")
+    steps, _ = _steps(grouped(weight.float(), scheme), grid)
+    codes = (steps + grid.zeros[..., None]).to(torch.uint8).flatten(1)
+    return QTensor(codes, grid.scales, grid.zeros.to(torch.uint8), scheme)
+
+
+def quantize(weight: Tensor, scheme: Scheme) -> QTensor:
+    """Round a weight [out, in] to nearest on the grid of its own range."""
+    return encode(weight, make_grid(*value_range(weight.float(), scheme), scheme), scheme)

@@ -1,0 +1,66 @@
+"""Codes of 1 to 8 bits packed into int32 words.
+
+The dense stream, least significant bit first, is what GPTQ and compressed-tensors store: code i
+starts at bit i * bits, and word t holds bits 32t .. 32t+31. A 3-bit code may straddle two words;
+nothing is wasted. AutoAWQ stores the same stream of 4-bit codes after interleaving each eight
+columns, so that one shift yields two fp16 lanes at a time on a GPU.
+"""
+
+import torch
+from torch import Tensor
+
+from salience.errors import SalienceError
+
+# Nibble i of an AutoAWQ word holds column AWQ_ORDER[i] of its eight.
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_AWQ_REVERSE = tuple(AWQ_ORDER.index(i) for i in range(8))
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes [..., n] along the last dimension into int32 [..., n * bits / 32].
+
+    Raises:
+        SalienceError: n codes do not fill whole words.
+    """
+    n = codes.shape[-1]
+    if n * bits % 32:
+        raise SalienceError(f"{n} codes of {bits} bits do not fill whole 32-bit words")
+    if 8 % bits == 0:
+        fields = codes.unflatten(-1, (-1, 8 // bits))
+        return _fold(fields, bits).view(torch.int32)
+    shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
+    planes = (codes[..., None] >> shifts) & 1  # [..., n, bits]
+    return _fold(planes.flatten(-2).unflatten(-1, (-1, 8)), 1).view(torch.int32)
+
+
+def unpack(words: Tensor, bits: int) -> Tensor:
+    """Undo `pack`: int32 [..., w] to uint8 codes [..., w * 32 / bits]."""
+    data = words.contiguous().view(torch.uint8)
+    if 8 % bits == 0:
+        return _spread(data, bits).flatten(-2)
+    planes = _spread(data, 1).flatten(-2).unflatten(-1, (-1, bits))
+    return _fold(planes, 1)
+
+
+def interleave_awq(codes: Tensor) -> Tensor:
+    """Put each eight columns [..., 8k] into AutoAWQ's order."""
+    return codes.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2)
+
+
+def deinterleave_awq(codes: Tensor) -> Tensor:
+    """Undo `interleave_awq`."""
+    return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_REVERSE)].flatten(-2)
+
+
+def _fold(fields: Tensor, bits: int) -> Tensor:
+    """Join small fields [..., n], field i at bit i * bits, into one uint8 [...]."""
+    out = fields[..., 0].clone()
+    for i in range(1, fields.shape[-1]):
+        out |= fields[..., i] << (i * bits)
+    return out
+
+
+def _spread(data: Tensor, bits: int) -> Tensor:
+    """Cut bytes [...] into their fields [..., 8 / bits]."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
+    return (data[..., None] >> shifts) & (2**bits - 1)
