@@ -11,7 +11,7 @@ from salience.scheme import Scheme
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QTensor:
-    """Codes with their scales and zeros, unpacked: w[o, i] = scales[o, g] * (q[o, i] - zeros[o, g]).
+    """Codes, scales and zeros, unpacked: w[o, i] = scales[o, g] * (q[o, i] - zeros[o, g]).
 
     Args:
         q: codes, uint8 [out, in].

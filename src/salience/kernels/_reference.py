@@ -15,7 +15,7 @@ _TILE_ELEMENTS = 2**22
 
 
 class Reference:
-    """Dense bit stream [out, in * bits / 32], scales and zeros [out, groups], g_idx [in] or none."""
+    """Dense bit stream [out, in * bits / 32], scales, zeros [out, groups], g_idx [in] or none."""
 
     name = "reference"
 

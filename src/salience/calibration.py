@@ -1,0 +1,262 @@
+"""Calibration: text to token batches, and blocks run on them one at a time.
+
+The search needs typical inputs, not much of them: 128 sequences of 512 tokens are the field's
+habit. Which text was used is part of the result and goes into its report.
+
+Blocks are run on float inputs throughout (AWQ as published): the input of a block is the output of
+the float block before it, so nothing found in one block changes what another one sees.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salience.errors import SalienceError
+
+DEFAULT_TEXT = "pydoc"
+# Read at most this many characters for each token asked for; a token is about four.
+_CHARACTERS_PER_TOKEN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Which text, and how much of it.
+
+    Args:
+        text: a .txt or .jsonl file, a Hub dataset, or "pydoc": the text of Python's own
+            documentation (`pydoc_data.topics`), which every machine has.
+        samples: sequences.
+        seqlen: tokens in each.
+        seed: which sequences of the text are taken.
+    """
+
+    text: str = DEFAULT_TEXT
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.seqlen < 1:
+            raise SalienceError("--samples and --seqlen must be at least 1")
+
+    def tokens(self, tokenizer: Any) -> Tensor:
+        """Token ids, int64 [samples, seqlen]: random chunks of the text, in random order.
+
+        Raises:
+            SalienceError: no such text, or one that is too short.
+        """
+        text = "".join(_limited(_documents(self.text), self.samples * self.seqlen))
+        ids = tokenizer(text, verbose=False)["input_ids"]
+        chunks = len(ids) // self.seqlen
+        if chunks < self.samples:
+            missing = self.samples * self.seqlen - len(ids)
+            raise SalienceError(
+                f"calibration text {self.text} has {len(ids)} tokens, {missing} too few for "
+                f"{self.samples} samples of {self.seqlen}; give more text or lower --samples"
+            )
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(chunks, generator=generator)[: self.samples]
+        return torch.tensor(ids[: chunks * self.seqlen]).view(chunks, self.seqlen)[order]
+
+    def describe(self) -> dict[str, Any]:
+        """What the report says of it."""
+        return {**asdict(self), "tokens": self.samples * self.seqlen}
+
+
+def read_text(text: str) -> str:
+    """A whole evaluation text: a file, or "pydoc".
+
+    Raises:
+        SalienceError: no such file.
+    """
+    if text != DEFAULT_TEXT and not Path(text).is_file():
+        raise SalienceError(f"text {text} does not exist")
+    return "".join(_documents(text))
+
+
+def _documents(text: str) -> Iterator[str]:
+    if text == DEFAULT_TEXT:
+        from pydoc_data import topics
+
+        yield from (topics.topics[key] + "\n" for key in sorted(topics.topics))
+        return
+    path = Path(text)
+    if not path.is_file():
+        yield from _hub_documents(text)
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8", errors="strict") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    yield _jsonl_text(path, number, line) + "\n"
+    else:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            while part := file.read(2**20):
+                yield part
+
+
+def _jsonl_text(path: Path, number: int, line: str) -> str:
+    try:
+        return str(json.loads(line)["text"])
+    except (ValueError, KeyError, TypeError):
+        raise SalienceError(f'{path} line {number} is no JSON object with a "text"') from None
+
+
+def _hub_documents(name: str) -> Iterator[str]:
+    try:
+        import datasets
+    except ImportError:
+        raise SalienceError(
+            f"calibration text {name} is no file; for a Hub dataset, pip install datasets"
+        ) from None
+    try:
+        rows = datasets.load_dataset(name, split="train", streaming=True)
+        for row in rows:
+            yield str(row["text"]) + "\n"
+    except KeyError:
+        raise SalienceError(f'dataset {name} has no "text" column') from None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise SalienceError(
+            f"calibration text {name} is no file and no dataset: {reason}"
+        ) from None
+
+
+def _limited(documents: Iterator[str], tokens: int) -> Iterator[str]:
+    """Documents until there is plenty for `tokens` tokens: a huge file is not read whole."""
+    left = tokens * _CHARACTERS_PER_TOKEN
+    for document in documents:
+        yield document[:left]
+        left -= len(document)
+        if left <= 0:
+            return
+
+
+class _StopForwardError(Exception):
+    """Unwinds the model's forward once the last block was reached."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockInputs:
+    """What the model hands its blocks: hidden states, and each block's other arguments.
+
+    Args:
+        hidden: [samples, seqlen, hidden].
+        arguments: for each block, its (args, kwargs) after the hidden states, for a micro-batch.
+        batch: sequences in a micro-batch.
+    """
+
+    hidden: Tensor
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    batch: int
+
+
+def block_inputs(
+    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch: int, device: torch.device
+) -> BlockInputs:
+    """Run what comes before the first block, and record how each block is called.
+
+    Every block is replaced by a stub that notes its arguments and passes the hidden states on, so
+    masks and position embeddings are the model's own, whatever they are and for each block.
+
+    Args:
+        model: a skeleton whose modules before the blocks hold their weights.
+        tokens: [samples, seqlen]; samples must be a multiple of `batch`.
+
+    Raises:
+        SalienceError: arguments that depend on the text, which cannot be recorded once.
+    """
+    recorder = _Recorder(len(blocks))
+    handles = [block.register_forward_pre_hook(recorder, with_kwargs=True) for block in blocks]
+    hidden = []
+    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    try:
+        for block in blocks:
+            block.forward = _pass_through
+        for part in tokens.split(batch):
+            recorder.start()
+            with suppress(_StopForwardError):
+                model(input_ids=part.to(device), use_cache=False)
+            hidden.append(recorder.hidden)
+            if arguments is None:
+                arguments = recorder.calls
+            elif not _same(arguments, recorder.calls):
+                raise SalienceError(
+                    f"{type(model).__name__} passes its blocks arguments that depend on the text; "
+                    "this architecture is not supported"
+                )
+    finally:
+        for block, handle in zip(blocks, handles, strict=True):
+            handle.remove()
+            vars(block).pop("forward", None)  # the class's own forward shows again
+    return BlockInputs(torch.cat(hidden), arguments or [], batch)
+
+
+def _pass_through(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
+    return hidden_states
+
+
+class _Recorder:
+    """A forward pre-hook that notes the arguments of each block and stops at the last."""
+
+    def __init__(self, blocks: int) -> None:
+        self._blocks = blocks
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.hidden = torch.empty(0)
+
+    def start(self) -> None:
+        self.calls = []
+
+    def __call__(self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = dict(kwargs)
+        hidden = args[0] if args else kwargs.pop("hidden_states")
+        if not self.calls:
+            self.hidden = hidden.detach()
+        self.calls.append((args[1:], kwargs))
+        if len(self.calls) == self._blocks:
+            raise _StopForwardError
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    return type(a) is type(b)
+
+
+def run_block(
+    block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]
+) -> Tensor:
+    """The output hidden states of one block for one micro-batch [batch, seqlen, hidden]."""
+    args, kwargs = arguments
+    out = block(hidden, *args, **kwargs)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def observe(
+    block: nn.Module,
+    names: list[str],
+    run: Callable[[], Tensor],
+    update: Callable[[str, Tensor], None],
+) -> Tensor:
+    """Run a block once, handing the input [..., in] of each named linear to `update`."""
+    handles = []
+    for name in names:
+
+        def hook(_module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+            update(name, args[0])
+
+        handles.append(block.get_submodule(name).register_forward_pre_hook(hook))
+    try:
+        return run()
+    finally:
+        for handle in handles:
+            handle.remove()

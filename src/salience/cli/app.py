@@ -1,0 +1,265 @@
+"""The commands. Heavy imports happen inside each, so that `--help` answers at once."""
+
+import sys
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from salience.cli.console import print_json, progress_bar, size, stderr, stdout
+from salience.errors import SalienceError
+from salience.scheme import Scheme
+
+app = typer.Typer(
+    name="salience",
+    help="Activation-aware low-bit weights for language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class MethodName(str, Enum):
+    awq = "awq"
+    rtn = "rtn"
+
+
+class EffortName(str, Enum):
+    fast = "fast"
+
+
+class FormatName(str, Enum):
+    awq = "awq"
+
+
+Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]
+SchemeOption = Annotated[str, typer.Option("--scheme", help="Bits and group size: w4g128, w4g64.")]
+MethodOption = Annotated[MethodName, typer.Option("--method", help="How weights are coded.")]
+FormatOption = Annotated[FormatName, typer.Option("--format", help="Checkpoint format.")]
+TextOption = Annotated[
+    str,
+    typer.Option(
+        "--calibration",
+        help='A .txt or .jsonl file, a Hub dataset, or "pydoc": Python\'s own documentation.',
+    ),
+]
+SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")]
+SeqlenOption = Annotated[int, typer.Option("--seqlen", min=1, help="Tokens in each.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+KernelOption = Annotated[str, typer.Option("--kernel", help="auto, reference or cpu_int4.")]
+
+
+@app.command()
+def plan(
+    model: Model,
+    scheme: SchemeOption = "w4g128",
+    method: MethodOption = MethodName.awq,
+    format: FormatOption = FormatName.awq,
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 512,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where it would be written.")] = Path(),
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Say what quantizing MODEL needs: memory, disk, time. No weights are read."""
+    from salience.calibration import Calibration
+    from salience.formats import get_format
+    from salience.load import resolve_device
+    from salience.plan import make_plan
+    from salience.source import open_source
+
+    text = None if method is MethodName.rtn else Calibration(samples=samples, seqlen=seqlen)
+    result = make_plan(
+        open_source(model, trust_remote_code),
+        Scheme.parse(scheme),
+        get_format(format.value),
+        text,
+        method.value,
+        resolve_device(device),
+        out,
+    )
+    if json:
+        print_json(asdict(result))
+    else:
+        table = Table(title=f"Plan for {escape(model)}", show_header=False)
+        table.add_row("parameters", f"{result.parameters / 1e6:.1f} M")
+        table.add_row("quantized", f"{result.quantized_parameters / 1e6:.1f} M to {result.scheme}")
+        table.add_row("bits per quantized weight", f"{result.bits_per_weight:.2f}")
+        table.add_row("disk", f"{size(result.source_bytes)} to {size(result.disk_bytes)}")
+        table.add_row("peak RAM", size(result.ram_bytes))
+        if result.vram_bytes:
+            table.add_row("peak GPU memory", size(result.vram_bytes))
+        for phase, seconds in result.seconds.items():
+            table.add_row(phase, f"about {seconds:.0f} s on {result.device}")
+        table.add_row("fits", "yes" if result.fits else "no")
+        stdout.print(table)
+        for line in result.advice:
+            stdout.print(line)
+    if not result.fits:
+        raise typer.Exit(3)
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")],
+    method: MethodOption = MethodName.awq,
+    effort: Annotated[EffortName, typer.Option("--effort", help="fast: AWQ.")] = EffortName.fast,
+    scheme: SchemeOption = "w4g128",
+    format: FormatOption = FormatName.awq,
+    calibration: TextOption = "pydoc",
+    samples: SamplesOption = 128,
+    seqlen: SeqlenOption = 512,
+    seed: Annotated[int, typer.Option("--seed", help="Which part of the text.")] = 0,
+    device: DeviceOption = "auto",
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Quantize MODEL into a new checkpoint folder."""
+    from salience.calibration import Calibration
+    from salience.pipeline import quantize as run
+
+    with progress_bar(f"{method.value} {scheme}") as progress:
+        report = run(
+            model,
+            out,
+            method=method.value,
+            scheme=scheme,
+            format=format.value,
+            calibration=Calibration(calibration, samples, seqlen, seed),
+            device=device,
+            effort=effort.value,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json:
+        keys = ["out", "method", "effort", "scheme", "format", "seconds", "phase_seconds"]
+        keys += ["peak_rss_bytes", "bits_per_weight", "kept_modules", "calibration"]
+        values = asdict(report)
+        quantized = [linear.name for linear in report.linears]
+        print_json({key: values[key] for key in keys} | {"quantized_modules": quantized})
+        return
+    ratio = report.error / report.error_rtn if report.error_rtn else 1.0
+    kept = sum(linear.kept_rtn for linear in report.linears)
+    stdout.print(
+        f"{escape(str(out))}: {len(report.linears)} linears at "
+        f"{report.bits_per_weight:.2f} bits a weight, output error {ratio:.2f} of plain "
+        f"rounding's ({kept} linears kept it), {report.seconds:.0f} s, "
+        f"{size(report.peak_rss_bytes)} peak"
+    )
+
+
+@app.command()
+def inspect(model: Model, trust_remote_code: TrustOption = False, json: JsonOption = False) -> None:
+    """Show what is in a checkpoint: format, scheme of each linear, bits a weight, size."""
+    from salience.inspection import inspect as look
+    from salience.source import open_source
+
+    result = look(open_source(model, trust_remote_code))
+    if json:
+        print_json(asdict(result))
+        return
+    stdout.print(
+        f"{escape(model)}: {result.format} {result.scheme or ''}, {len(result.modules)} linears "
+        f"at {result.bits_per_weight:.2f} bits a weight, {size(result.bytes)}"
+    )
+    table = Table("linear", "in", "out", "scheme")
+    for module in result.modules:
+        table.add_row(module.name, str(module.in_features), str(module.out_features), module.scheme)
+    stdout.print(table)
+    if result.kept:
+        stdout.print(f"kept float: {', '.join(result.kept)}")
+
+
+@app.command(name="eval")
+def evaluate(
+    model: Model,
+    text: Annotated[
+        str, typer.Option("--text", help='A text file, or "pydoc": Python\'s documentation.')
+    ] = "pydoc",
+    context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a chunk.")] = 2048,
+    max_chunks: Annotated[int | None, typer.Option("--max-chunks", min=1)] = None,
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Measure the perplexity of MODEL on a text."""
+    from salience.calibration import read_text
+    from salience.evaluation.perplexity import perplexity
+    from salience.load import load_source
+    from salience.source import open_source
+
+    words = read_text(text)
+    source = open_source(model, trust_remote_code)
+    tokenizer = source.tokenizer()
+    loaded = load_source(source, device, kernel=kernel)
+    with progress_bar("perplexity") as progress:
+        result = perplexity(loaded, tokenizer, words, context, max_chunks, progress)
+    if json:
+        print_json(asdict(result))
+    else:
+        stdout.print(f"perplexity {result.perplexity:.3f} ({escape(result.protocol)})")
+
+
+@app.command()
+def chat(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="What to say.")],
+    system: Annotated[str | None, typer.Option("--system", help="A system message.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
+    device: DeviceOption = "auto",
+    kernel: KernelOption = "auto",
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Ask MODEL one thing and print its reply."""
+    from salience.chat.reply import reply
+    from salience.load import load_source
+    from salience.source import open_source
+
+    def show(piece: str) -> None:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    source = open_source(model, trust_remote_code)
+    tokenizer = source.tokenizer()
+    loaded = load_source(source, device, kernel=kernel)
+    result = reply(
+        loaded,
+        tokenizer,
+        prompt,
+        system,
+        max_new_tokens,
+        temperature,
+        seed,
+        None if json else show,
+    )
+    if json:
+        print_json(asdict(result))
+        return
+    sys.stdout.write("\n")
+    stderr.print(
+        f"{result.tokens} tokens, first after {result.first_token_seconds:.2f} s, "
+        f"then {result.tokens_per_second:.1f} tokens/s"
+    )
+
+
+def main() -> None:
+    """Run the command line; errors a user can cause are one line and their own exit status."""
+    try:
+        app()
+    except SalienceError as error:
+        stderr.print(f"error: {escape(str(error))}")
+        sys.exit(error.exit_code)

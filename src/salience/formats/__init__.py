@@ -1,0 +1,40 @@
+"""Checkpoint formats, one file each. Adding one is a file and its name in `FORMATS`."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from salience.errors import SalienceError
+from salience.formats.autoawq import AutoAwq
+from salience.formats.base import Format
+
+FORMATS: tuple[Format, ...] = (AutoAwq(),)
+
+__all__ = ["FORMATS", "AutoAwq", "Format", "detect_format", "get_format"]
+
+
+def get_format(name: str) -> Format:
+    """The format called `name`.
+
+    Raises:
+        SalienceError: there is none.
+    """
+    for fmt in FORMATS:
+        if fmt.name == name:
+            return fmt
+    raise SalienceError(f"there is no format {name!r}; use {' or '.join(f.name for f in FORMATS)}")
+
+
+def detect_format(config: Mapping[str, Any]) -> Format:
+    """The format of a checkpoint by its `quantization_config`.
+
+    Raises:
+        SalienceError: none or several fit.
+    """
+    found = [fmt for fmt in FORMATS if fmt.detect(config)]
+    if len(found) != 1:
+        seen = {key: config.get(key) for key in ("quant_method", "version", "format", "bits")}
+        raise SalienceError(
+            f"a checkpoint with quantization_config {seen} is not one this version reads; "
+            f"it reads {', '.join(fmt.name for fmt in FORMATS)}"
+        )
+    return found[0]

@@ -1,0 +1,61 @@
+"""What a checkpoint format is: a pure function from a QTensor to named tensors, and back."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from salience.qtensor import QTensor
+from salience.scheme import Scheme
+
+
+class Format(Protocol):
+    """One way to store quantized linears. Tensor names are local: "qweight", not "a.b.qweight"."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tensors(self) -> frozenset[str]:
+        """The local names that replace a linear's `weight`."""
+        ...
+
+    def detect(self, config: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint's `quantization_config` is of this format."""
+        ...
+
+    def scheme(self, config: Mapping[str, Any], name: str) -> Scheme:
+        """The scheme of linear `name` by that config.
+
+        Raises:
+            SalienceError: a config this format cannot have.
+        """
+        ...
+
+    def check(self, scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Refuse what the format cannot hold, before any work.
+
+        Args:
+            scheme: the wanted one.
+            shapes: (out, in) of each linear.
+
+        Raises:
+            SalienceError: naming the linear or option, and the mend.
+        """
+        ...
+
+    def write(self, qt: QTensor) -> dict[str, Tensor]:
+        """The stored tensors of one weight."""
+        ...
+
+    def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
+        """Undo `write`.
+
+        Raises:
+            SalienceError: tensors that are no such weight.
+        """
+        ...
+
+    def config(self, scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint whose linears `kept` stay float."""
+        ...

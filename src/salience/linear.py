@@ -1,0 +1,53 @@
+"""QuantLinear: a linear whose weight stays packed."""
+
+import torch
+from torch import Tensor, nn
+
+from salience import kernels
+from salience.errors import SalienceError
+from salience.qtensor import QTensor
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T + b with W in low bits, never unpacked as a whole.
+
+    Args:
+        qt: the weight [out, in]; it is packed for its device and not kept.
+        bias: float [out] or None.
+        kernel: name of a backend of `salience.kernels`, or "auto" for the fastest that fits.
+
+    Raises:
+        SalienceError: a kernel that does not support such a weight.
+    """
+
+    def __init__(self, qt: QTensor, bias: Tensor | None = None, kernel: str = "auto") -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.scheme = (
+            qt.in_features,
+            qt.out_features,
+            qt.scheme,
+        )
+        fits = (qt.scheme, qt.q.device, qt.in_features, qt.out_features)
+        backend = kernels.choose(*fits) if kernel == "auto" else kernels.backend(kernel)
+        if not backend.supports(*fits):
+            raise SalienceError(
+                f"kernel {backend.name} does not support {qt.scheme} [{qt.out_features}, "
+                f"{qt.in_features}] on {qt.q.device}; use --kernel auto"
+            )
+        self.kernel = backend.name
+        packed = backend.pack(qt)
+        self._packed_names = [f"packed_{i}" for i in range(len(packed))]
+        for name, tensor in zip(self._packed_names, packed, strict=True):
+            self.register_buffer(name, tensor)
+        self.bias: Tensor | None
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = [self.get_buffer(name) for name in self._packed_names]
+        y = torch.ops.salience.qmm(
+            x, packed, self.kernel, self.scheme.bits, self.scheme.group_size, self.out_features
+        )
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.scheme}, kernel={self.kernel}"

@@ -1,0 +1,167 @@
+"""Load a checkpoint, quantized or not, as a Transformers model that is ready to run.
+
+The model is made on the meta device; the linears that own packed tensors in the shard headers
+become `QuantLinear`, and then each tensor is read once and put in its place. What is in memory at
+the end is the packed weights, never a float copy of them.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salience.checkpoint import Checkpoint
+from salience.errors import SalienceError
+from salience.formats import detect_format
+from salience.formats.base import Format
+from salience.linear import QuantLinear
+from salience.source import Source, open_source
+from salience.structure import linears
+
+
+def load(
+    model: str | Path,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    kernel: str = "auto",
+    trust_remote_code: bool = False,
+) -> Any:
+    """A Transformers causal language model in eval mode.
+
+    Args:
+        model: a folder, a `.gguf` file, a Hub name, or `smollm2-135m`.
+        device: where it runs; "auto" is the GPU if there is one.
+        dtype: of activations and float weights; fp32 on CPUs and the checkpoint's own elsewhere.
+        kernel: name of a kernel for the quantized linears, "auto" for the fastest that fits.
+        trust_remote_code: let the model's own Python code run.
+
+    Raises:
+        SalienceError: not found, incomplete or malformed; the message names the tensor.
+    """
+    return load_source(open_source(str(model), trust_remote_code), device, dtype, kernel)
+
+
+def load_source(
+    source: Source,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    kernel: str = "auto",
+) -> Any:
+    """`load`, from an opened source."""
+    place = resolve_device(device)
+    if dtype is None:
+        dtype = torch.float32 if place.type == "cpu" else _config_dtype(source)
+    model = source.skeleton()
+    stored = source.stored
+    config = getattr(source.config, "quantization_config", None)
+    packed = _fill_quantized(model, stored, config, place, kernel) if config else set()
+    weights = source.weights(model)
+    for name, parameter in list(model.named_parameters()):
+        tensor = weights.tensor(name)
+        if tensor.shape != parameter.shape:
+            raise SalienceError(
+                f"tensor {name} of {source.path} is {list(tensor.shape)}, "
+                f"the model wants {list(parameter.shape)}"
+            )
+        set_tensor(model, name, tensor.to(place, dtype))
+    for name, buffer in model.named_buffers():
+        if name in weights.names() and name not in packed:
+            buffer.copy_(weights.tensor(name))
+    model.tie_weights()
+    model.to(place)
+    model.generation_config = _generation_config(source)
+    model.config.dtype = dtype
+    return model
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device; "auto" is the GPU if there is one.
+
+    Raises:
+        SalienceError: a device this machine lacks.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError:
+        raise SalienceError(f"device {device!r} is not understood; use cpu or cuda") from None
+    if place.type not in ("cpu", "cuda") or (
+        place.type == "cuda" and not torch.cuda.is_available()
+    ):
+        raise SalienceError(f"device {device} is not on this machine; use cpu")
+    return place
+
+
+def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter `name` of a model."""
+    module, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(module)
+    setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _fill_quantized(
+    model: nn.Module,
+    stored: Checkpoint,
+    config: Mapping[str, Any],
+    device: torch.device,
+    kernel: str,
+) -> set[str]:
+    """Swap in a QuantLinear for each linear that owns packed tensors; returns their names."""
+    fmt = detect_format(dict(config))
+    used: set[str] = set()
+    for name, linear in linears(model).items():
+        tensors = {local: f"{name}.{local}" for local in fmt.tensors}
+        present = [full for full in tensors.values() if full in stored.names()]
+        if not present:
+            continue
+        local = {key: stored.tensor(full).to(device) for key, full in tensors.items()}
+        qt = _read(fmt, config, name, local, (linear.out_features, linear.in_features), stored)
+        bias = None
+        if linear.bias is not None:
+            bias = stored.tensor(f"{name}.bias").to(device)
+        model.set_submodule(name, QuantLinear(qt, bias, kernel))
+        used.update(tensors.values(), [f"{name}.bias"])
+    orphans = {
+        name
+        for name in stored.names()
+        if name.rpartition(".")[2] in fmt.tensors and name not in used
+    }
+    if orphans:
+        raise SalienceError(f"tensor {min(orphans)} of {stored.path} belongs to no linear")
+    return used
+
+
+def _read(
+    fmt: Format,
+    config: Mapping[str, Any],
+    name: str,
+    tensors: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    stored: Checkpoint,
+) -> Any:
+    try:
+        qt = fmt.read(tensors, fmt.scheme(config, name))
+    except (SalienceError, RuntimeError) as error:
+        raise SalienceError(f"linear {name} of {stored.path}: {error}") from None
+    if (qt.out_features, qt.in_features) != shape:
+        raise SalienceError(
+            f"linear {name} of {stored.path} holds {[qt.out_features, qt.in_features]}, "
+            f"the model wants {list(shape)}"
+        )
+    return qt
+
+
+def _config_dtype(source: Source) -> torch.dtype:
+    dtype = getattr(source.config, "dtype", None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float16
+
+
+def _generation_config(source: Source) -> Any:
+    from transformers import GenerationConfig
+
+    if not source.is_gguf and (source.path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(source.path)
+    return GenerationConfig.from_model_config(source.config)

@@ -1,0 +1,61 @@
+"""What this machine has: memory, and how fast it multiplies."""
+
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def peak_rss_bytes() -> int:
+    """The most memory this process has had resident."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_ram_bytes() -> int:
+    """Memory that can be taken without swapping: the machine's, or the cgroup's if that is less."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        free = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        pass  # not Linux: the free pages are what is known
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = file.read().strip()
+        with open("/sys/fs/cgroup/memory.current") as file:
+            used = int(file.read())
+    except OSError:
+        return free
+    return free if limit == "max" else min(free, int(limit) - used)
+
+
+def free_disk_bytes(path: Path) -> int:
+    """Free bytes on the disk where `path` is or would be."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def matmul_flops(device: torch.device, size: int = 1024, seconds: float = 0.2) -> float:
+    """fp32 operations a second of a [size, size] product on `device`, by trying."""
+    a, b = torch.randn(2, size, size, device=device)
+
+    def product() -> None:
+        torch.mm(a, b)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    product()
+    count, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        product()
+        count += 1
+    return 2 * size**3 * count / elapsed

@@ -1,0 +1,487 @@
+"""quantize(): one model in, one low-bit checkpoint out, a block at a time.
+
+    for each block:
+        run the float block on the calibration tokens    -> second moments, next block's inputs
+        find scales, fold them, prove each fold          -> same function, easier weights
+        code each linear, compare with plain rounding    -> QTensor
+        write                                            -> disk
+
+Only one block's weights are in memory at a time, in fp32. What else is held are the hidden states
+of the calibration tokens, samples x seqlen x hidden x 4 bytes.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salience import grid
+from salience.calibration import BlockInputs, Calibration, block_inputs, observe, run_block
+from salience.checkpoint import Checkpoint, ShardWriter, check_disk, check_free, read_json
+from salience.errors import SalienceError
+from salience.formats import Format, get_format
+from salience.load import resolve_device, set_tensor
+from salience.machine import peak_rss_bytes
+from salience.methods import FoldScale, Method, get_method
+from salience.plan import (
+    MICRO_BATCH_TOKENS,
+    SHARD_BYTES,
+    check_scheme,
+    checkpoint_bytes,
+    mean_bits,
+)
+from salience.qtensor import QTensor
+from salience.report import REPORT_NAME, LinearReport, Report, versions
+from salience.scheme import Scheme
+from salience.source import Source, open_source
+from salience.stats import SecondMoment, output_error
+from salience.structure import (
+    PROOF_TOLERANCE,
+    Fold,
+    apply_fold,
+    discover_folds,
+    find_blocks,
+    linears,
+    relative_error,
+    restore,
+    sink_groups,
+    snapshot,
+)
+
+_PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
+
+Progress = Callable[[str, int, int], None]
+
+
+def quantize(
+    model: str,
+    out: str | Path,
+    *,
+    method: str = "awq",
+    scheme: Scheme | str = "w4g128",
+    format: str = "awq",
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    effort: str = "fast",
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Quantize a model into a new checkpoint folder.
+
+    Args:
+        model: a folder, a `.gguf` file, a Hub name, or `smollm2-135m`.
+        out: the folder to make; it appears when it is whole.
+        method: "awq" or "rtn".
+        scheme: a Scheme, or its name such as "w4g128".
+        format: "awq", AutoAWQ's gemm layout.
+        calibration: which text; None is 128 sequences of 512 tokens of Python's documentation.
+        device: where blocks run, "auto" for the GPU if there is one.
+        effort: "fast".
+        trust_remote_code: let the model's own Python code run.
+        progress: called with (phase, done, total).
+
+    Returns:
+        The report, which is also in the folder.
+
+    Raises:
+        SalienceError: bad input; nothing is written.
+    """
+    start = time.perf_counter()
+    if effort != "fast":
+        raise SalienceError(f"effort {effort!r} is not available; use fast")
+    target = Path(out)
+    check_free(target)
+    source = open_source(model, trust_remote_code)
+    skeleton = source.skeleton()
+    prefix, blocks = find_blocks(skeleton)
+    job = _Job(
+        source,
+        skeleton,
+        source.weights(skeleton),
+        prefix,
+        blocks,
+        get_method(method),
+        Scheme.parse(scheme) if isinstance(scheme, str) else scheme,
+        get_format(format),
+        resolve_device(device),
+        progress or (lambda _phase, _done, _total: None),
+    )
+    check_scheme(skeleton, job.scheme, job.fmt)
+    check_disk(target, checkpoint_bytes(skeleton, job.scheme))
+    text = None if job.method.name == "rtn" else calibration or Calibration()
+    report = Report(
+        model=model,
+        out=str(target),
+        method=method,
+        effort=effort,
+        scheme=str(job.scheme),
+        format=format,
+        calibration=text.describe() if text else None,
+        device=str(job.device),
+        versions=versions(),
+        bits_per_weight=mean_bits(blocks, job.scheme),
+        kept_modules=_kept(skeleton, prefix),
+    )
+    tokens = text.tokens(source.tokenizer()) if text else None
+    with ShardWriter(target, SHARD_BYTES) as writer, torch.no_grad():
+        _run(job, tokens, writer, report)
+        report.phase_seconds = job.seconds
+        report.seconds = time.perf_counter() - start
+        report.peak_rss_bytes = peak_rss_bytes()
+        report.summarize()
+        writer.write_json(REPORT_NAME, asdict(report))
+    return report
+
+
+@dataclass(slots=True)
+class _Job:
+    """What every step needs to know."""
+
+    source: Source
+    skeleton: Any
+    weights: Checkpoint
+    prefix: str
+    blocks: nn.ModuleList
+    method: Method
+    scheme: Scheme
+    fmt: Format
+    device: torch.device
+    progress: Progress
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to a phase."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, slots=True)
+class _Structure:
+    """What was discovered of blocks of one kind."""
+
+    groups: list[tuple[str, ...]]
+    folds: list[Fold]
+
+
+def _run(job: _Job, tokens: Tensor | None, writer: ShardWriter, report: Report) -> None:
+    inputs = probe = None
+    if tokens is not None:
+        with job.phase("statistics"):
+            inputs, probe = _inputs(job, tokens)
+    known: dict[tuple[object, ...], _Structure] = {}
+    for index, block in enumerate(job.blocks):
+        job.progress("block", index, len(job.blocks))
+        name = f"{job.prefix}.{index}"
+        with _materialized(job, block, name):
+            if inputs is None or probe is None:
+                moments = _unit_moments(block, job.device)
+                chosen: list[FoldScale] = []
+                plain = _errors(block, moments, job.scheme)
+            else:
+                kind = _signature(block)
+                if kind not in known:
+                    with job.phase("structure"):
+                        known[kind] = _discover(block, probe, index)
+                        report.folds += [_describe(fold) for fold in known[kind].folds]
+                with job.phase("statistics"):
+                    first = inputs.hidden[: inputs.batch].clone()
+                    moments = _observe(block, known[kind].groups, inputs, index)
+                    _check_finite(moments, name)
+                with job.phase("search"):
+                    plain = _errors(block, moments, job.scheme)
+                    weights = {n: m.weight.detach() for n, m in linears(block).items()}
+                    found = job.method.prepare(weights, known[kind].folds, moments, job.scheme)
+                    chosen = _fold(block, found, first, inputs, index)
+            with job.phase("search"):
+                coded = _code(job, block, moments, chosen, plain)
+            with job.phase("write"):
+                for local, (_, linear) in coded.items():
+                    report.linears.append(_renamed(linear, f"{name}.{local}"))
+                _write_block(job, writer, block, name, {n: qt for n, (qt, _) in coded.items()})
+    job.progress("block", len(job.blocks), len(job.blocks))
+    with job.phase("write"):
+        _write_rest(job, writer)
+
+
+def _inputs(job: _Job, tokens: Tensor) -> tuple[BlockInputs, BlockInputs]:
+    """The first block's inputs for the calibration tokens, and for a few random ones."""
+    head = job.skeleton.get_output_embeddings()
+    own = {name for name, _ in job.skeleton.named_parameters()}
+    own -= {f"{job.prefix}.{name}" for name, _ in job.blocks.named_parameters()}
+    shared = {id(p) for p in job.skeleton.get_input_embeddings().parameters()}
+    unused = {id(p) for p in head.parameters()} - shared if head is not None else set()
+    for name, parameter in list(job.skeleton.named_parameters()):
+        if name in own and id(parameter) not in unused:
+            set_tensor(job.skeleton, name, _float(job, name))
+    _move_buffers(job.skeleton, job.device)
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = job.skeleton.get_input_embeddings().weight.shape[0]
+    random = torch.randint(vocabulary, _PROBE_SHAPE, generator=generator)
+    batch = _micro_batch(len(tokens), tokens.shape[1], job.device)
+    run = (job.skeleton, job.blocks)
+    inputs = block_inputs(*run, tokens, batch, job.device)
+    probe = block_inputs(*run, random, len(random), job.device)
+    for name in own:
+        parameter = job.skeleton.get_parameter(name)
+        set_tensor(job.skeleton, name, torch.empty_like(parameter, device="meta"))
+    return inputs, probe
+
+
+def _micro_batch(samples: int, seqlen: int, device: torch.device) -> int:
+    """The most sequences at once that divide the samples and stay within the token budget."""
+    limit = max(1, MICRO_BATCH_TOKENS[device.type] // seqlen)
+    return max(n for n in range(1, min(limit, samples) + 1) if samples % n == 0)
+
+
+@contextmanager
+def _materialized(job: _Job, block: nn.Module, name: str) -> Iterator[None]:
+    """A block with its weights in fp32, and back to nothing."""
+    for local, _ in list(block.named_parameters()):
+        set_tensor(block, local, _float(job, f"{name}.{local}"))
+    yield
+    for local, parameter in list(block.named_parameters()):
+        set_tensor(block, local, torch.empty_like(parameter, device="meta"))
+
+
+def _float(job: _Job, name: str) -> Tensor:
+    tensor = job.weights.tensor(name).to(job.device, torch.float32)
+    if not torch.isfinite(tensor).all():
+        raise SalienceError(
+            f"tensor {name} of {job.weights.path} has values that are not finite; "
+            "the file is damaged or the model diverged"
+        )
+    return tensor
+
+
+def _signature(block: nn.Module) -> tuple[object, ...]:
+    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    return (type(block), *shapes)
+
+
+def _discover(block: nn.Module, probe: BlockInputs, index: int) -> _Structure:
+    def run() -> Tensor:
+        return run_block(block, probe.hidden, probe.arguments[index])
+
+    groups = sink_groups(block, run)
+    return _Structure(groups, discover_folds(block, run, groups))
+
+
+def _observe(
+    block: nn.Module, groups: list[tuple[str, ...]], inputs: BlockInputs, index: int
+) -> dict[str, SecondMoment]:
+    """The moment of each linear's input; the hidden states become the block's outputs."""
+    found = linears(block)
+    device = inputs.hidden.device
+    of_group = {
+        names[0]: SecondMoment.empty(found[names[0]].in_features, device) for names in groups
+    }
+    for part in inputs.hidden.split(inputs.batch):
+        out = observe(
+            block,
+            list(of_group),
+            lambda part=part: run_block(block, part, inputs.arguments[index]),  # type: ignore[misc]
+            lambda name, x: of_group[name].update(x),
+        )
+        part.copy_(out)
+    return {name: of_group[names[0]] for names in groups for name in names}
+
+
+def _check_finite(moments: dict[str, SecondMoment], block: str) -> None:
+    for name, moment in moments.items():
+        if not torch.isfinite(moment.gram).all():
+            raise SalienceError(
+                f"inputs of {block}.{name} are not finite on the calibration text; "
+                "the model overflows"
+            )
+
+
+def _unit_moments(block: nn.Module, device: torch.device) -> dict[str, SecondMoment]:
+    """Moments of inputs of unit covariance, for a method that looks at no text."""
+    return {
+        name: SecondMoment(
+            torch.eye(linear.in_features, device=device),
+            torch.ones(linear.in_features, device=device),
+            1,
+        )
+        for name, linear in linears(block).items()
+    }
+
+
+def _errors(
+    block: nn.Module, moments: dict[str, SecondMoment], scheme: Scheme
+) -> dict[str, tuple[float, float]]:
+    """For each linear, the output energy and the output error of plain rounding."""
+    result = {}
+    for name, linear in linears(block).items():
+        weight, second = linear.weight.detach(), moments[name].second
+        plain = grid.quantize(weight, scheme).dequantize() - weight
+        result[name] = (
+            output_error(weight, second).sum().item(),
+            output_error(plain, second).sum().item(),
+        )
+    return result
+
+
+def _fold(
+    block: nn.Module,
+    found: list[FoldScale],
+    hidden: Tensor,
+    inputs: BlockInputs,
+    index: int,
+) -> list[FoldScale]:
+    """Fold the scales in, keeping those under which the block's real output does not change."""
+    reference = inputs.hidden[: inputs.batch]
+
+    def proved() -> bool:
+        out = run_block(block, hidden, inputs.arguments[index])
+        return relative_error(out, reference) <= PROOF_TOLERANCE
+
+    def touched(choices: list[FoldScale]) -> list[str]:
+        return sorted({name for c in choices for name in (c.fold.prev, *c.fold.sinks)})
+
+    saved = snapshot(block, touched(found))
+    for choice in found:
+        apply_fold(block, choice.fold, choice.scales)
+    if not found or proved():
+        return found
+    restore(saved)
+    kept = []
+    for choice in found:
+        saved = snapshot(block, touched([choice]))
+        apply_fold(block, choice.fold, choice.scales)
+        if proved():
+            kept.append(choice)
+        else:
+            restore(saved)
+    return kept
+
+
+def _code(
+    job: _Job,
+    block: nn.Module,
+    moments: dict[str, SecondMoment],
+    chosen: list[FoldScale],
+    plain: dict[str, tuple[float, float]],
+) -> dict[str, tuple[QTensor, LinearReport]]:
+    """Code every linear of a folded block, plainly where the method does not help."""
+    of_sink = {name: choice for choice in chosen for name in choice.fold.sinks}
+    of_prev = {choice.fold.prev: choice for choice in chosen}
+    coded = {}
+    for name, linear in linears(block).items():
+        weight, moment, choice = linear.weight.detach(), moments[name], of_sink.get(name)
+        if choice is not None:
+            moment = moment.scaled(choice.scales)
+        rows = torch.ones(linear.out_features, device=weight.device)
+        if name in of_prev:  # its rows were divided: measure the error of the undivided ones
+            fold = of_prev[name].fold
+            rows[fold.index.to(rows.device)] = of_prev[name].scales
+        rounded = grid.quantize(weight, job.scheme)
+        qt = job.method.quantize(weight, moment, job.scheme)
+        energy, limit = plain[name]
+        error = _output_error(qt, weight, moment, rows)
+        kept_rtn = not error <= limit
+        if kept_rtn:
+            qt, error = rounded, _output_error(rounded, weight, moment, rows)
+        report = LinearReport(
+            name=name,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            alpha=choice.alpha if choice else 0.0,
+            beta=choice.beta if choice else 0.0,
+            clip=(qt.scales.float() / rounded.scales.float()).mean().item(),
+            error_rtn=limit / max(energy, 1e-30),
+            error=error / max(energy, 1e-30),
+            kept_rtn=kept_rtn,
+        )
+        coded[name] = (qt, report)
+    return coded
+
+
+def _output_error(qt: QTensor, weight: Tensor, moment: SecondMoment, rows: Tensor) -> float:
+    errors = output_error(qt.dequantize() - weight, moment.second)
+    return (errors * rows.square()).sum().item()
+
+
+def _renamed(report: LinearReport, name: str) -> LinearReport:
+    return LinearReport(**{**asdict(report), "name": name})
+
+
+def _describe(fold: Fold) -> dict[str, Any]:
+    return {
+        "prev": fold.prev,
+        "sinks": list(fold.sinks),
+        "rule": fold.rule,
+        "channels": fold.channels,
+        "error": fold.error,
+    }
+
+
+def _write_block(
+    job: _Job, writer: ShardWriter, block: nn.Module, name: str, coded: dict[str, QTensor]
+) -> None:
+    for local, qt in coded.items():
+        for part, tensor in job.fmt.write(qt).items():
+            writer.add(f"{name}.{local}.{part}", tensor)
+    quantized = {f"{local}.weight" for local in coded}
+    for local, parameter in block.named_parameters():
+        if local not in quantized:
+            writer.add(f"{name}.{local}", _half(parameter, f"{name}.{local}"))
+
+
+def _write_rest(job: _Job, writer: ShardWriter) -> None:
+    """Everything outside the blocks, config and tokenizer."""
+    inside = f"{job.prefix}."
+    parameters = {name for name, _ in job.skeleton.named_parameters()}
+    for name in sorted(job.weights.names()):
+        if name.startswith(inside):
+            continue
+        if name in parameters:
+            writer.add(name, _half(_float(job, name), name))
+        elif name not in job.skeleton.state_dict():
+            writer.add(name, job.weights.tensor(name))
+    writer.write_json("config.json", _config(job))
+    job.source.save_assets(writer.folder)
+
+
+def _half(tensor: Tensor, name: str) -> Tensor:
+    half = tensor.detach().to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise SalienceError(
+            f"tensor {name} overflows fp16, which --format awq stores; use another format"
+        )
+    return half
+
+
+def _config(job: _Job) -> dict[str, Any]:
+    if job.source.is_gguf:
+        config = job.source.config.to_diff_dict()
+        config.pop("_name_or_path", None)
+    else:
+        config = read_json(job.source.path / "config.json")
+    config.setdefault("architectures", [type(job.skeleton).__name__])
+    config.pop("torch_dtype", None)
+    config["dtype"] = "float16"
+    kept = _kept(job.skeleton, job.prefix)
+    config["quantization_config"] = job.fmt.config(job.scheme, kept)
+    return config
+
+
+def _kept(skeleton: nn.Module, prefix: str) -> list[str]:
+    """Linears that stay float."""
+    return [name for name in linears(skeleton) if not name.startswith(f"{prefix}.")]
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, buffer.to(device), persistent=persistent)

