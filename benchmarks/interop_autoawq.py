@@ -2,9 +2,9 @@
 
 Runs in an environment of its own, which needs neither salience nor transformers:
 
-    python3 -m venv /work/peers/autoawq
-    /work/peers/autoawq/bin/pip install torch==2.13.0 accelerate
-    /work/peers/autoawq/bin/pip install --no-deps --no-build-isolation autoawq==0.2.9
+    python3 -m venv ~/autoawq
+    ~/autoawq/bin/pip install torch==2.13.0 accelerate
+    ~/autoawq/bin/pip install --no-deps --no-build-isolation autoawq==0.2.9
 
 Then either write what AutoAWQ unpacks, `<p>.codes` uint8 [out, in] and `<p>.zeros` uint8
 [out, groups] for each `<p>.qweight`, or compare it with a file of the same names:

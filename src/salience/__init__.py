@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from salience.calibration import Calibration
     from salience.errors import DoesNotFitError, SalienceError
     from salience.evaluation.perplexity import perplexity
-    from salience.load import load
+    from salience.loading import load
     from salience.pipeline import quantize
     from salience.qtensor import QTensor
     from salience.scheme import Scheme
@@ -39,7 +39,7 @@ _HOMES = {
     "QTensor": "qtensor",
     "SalienceError": "errors",
     "Scheme": "scheme",
-    "load": "load",
+    "load": "loading",
     "perplexity": "evaluation.perplexity",
     "quantize": "pipeline",
 }

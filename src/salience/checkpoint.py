@@ -145,14 +145,14 @@ class GgufCheckpoint:
         self.path = path
         try:
             reader = gguf.GGUFReader(path)
+            architecture = reader.get_field("general.architecture")
+            self.architecture = "" if architecture is None else str(architecture.contents())
         except (ValueError, IndexError, KeyError, OSError) as error:
             raise SalienceError(
                 f"{path} is truncated or no GGUF file ({error}); download it again"
             ) from None
-        architecture = reader.get_field("general.architecture")
-        if architecture is None:
+        if not self.architecture:
             raise SalienceError(f"{path} does not name its architecture; convert it again")
-        self.architecture = str(architecture.contents())
         # The tensors are views of the file; the reader itself holds the vocabulary in memory.
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
@@ -172,7 +172,7 @@ class GgufCheckpoint:
         tensor = self._known(name)
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError) as error:
             raise SalienceError(f"tensor {name} of {self.path}: {error}") from None
         return torch.from_numpy(numpy.array(values, dtype=numpy.float32))
 
@@ -255,8 +255,8 @@ class ShardWriter:
     """
 
     def __init__(self, out: Path, shard_bytes: int = 2**29) -> None:
-        self.out = out
-        self.folder = out.parent / f".{out.name}.{secrets.token_hex(4)}"
+        self.out = out.resolve()  # a link or "." cannot be renamed to
+        self.folder = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}"
         self._shard_bytes = shard_bytes
         self._waiting: dict[str, Tensor] = {}
         self._shards: list[tuple[Path, list[str]]] = []
@@ -296,14 +296,14 @@ class ShardWriter:
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file into the checkpoint."""
         text = json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False) + "\n"
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             (self.folder / name).write_text(text, encoding="utf-8")
 
     def _flush(self) -> None:
         if not self._waiting:
             return
         file = self.folder / f"shard-{len(self._shards)}"
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             save_file(self._waiting, file, metadata={"format": "pt"})
             # safetensors makes its files private; these are as readable as any other new file.
             file.chmod(self.folder.stat().st_mode & 0o666)
@@ -315,7 +315,7 @@ class ShardWriter:
         self._flush()
         count = len(self._shards)
         weight_map: dict[str, str] = {}
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             for i, (file, names) in enumerate(self._shards, start=1):
                 final = f"model-{i:05d}-of-{count:05d}.safetensors"
                 final = final if count > 1 else "model.safetensors"
@@ -324,7 +324,7 @@ class ShardWriter:
         if count > 1:
             metadata = {"total_size": self._total}
             self.write_json(INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
-        with _disk_errors(self.out):
+        with disk_errors(self.out):
             for file in _files_below(self.folder):
                 _sync(file)
             self.folder.rename(self.out)
@@ -332,15 +332,19 @@ class ShardWriter:
 
 
 def check_free(out: Path) -> None:
-    """Refuse an output folder that holds something.
+    """Refuse an output that cannot become the checkpoint's folder.
 
     Raises:
-        SalienceError: `out` is a file or a folder that is not empty.
+        SalienceError: `out` is a file, a folder that is not empty, or where a disk is mounted.
     """
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    if out.exists():
+    try:
+        taken = any(out.iterdir()) if out.is_dir() else out.exists()
+    except OSError as error:
+        raise SalienceError(f"output {out} cannot be used: {error.strerror}") from None
+    if taken:
         raise SalienceError(f"output {out} exists and is not an empty folder; name another")
+    if os.path.ismount(out):
+        raise SalienceError(f"a disk is mounted at output {out}; name a new folder in it")
 
 
 def check_disk(out: Path, need: int) -> None:
@@ -358,8 +362,12 @@ def check_disk(out: Path, need: int) -> None:
 
 
 @contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
-    """Turn an error of the disk into one line that names the output."""
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line that names the output.
+
+    Raises:
+        SalienceError: instead of the error.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -28,6 +28,8 @@ class QuantLinear(nn.Module):
             qt.scheme,
         )
         fits = (qt.scheme, qt.q.device, qt.in_features, qt.out_features)
+        if kernel == "auto" and qt.g_idx is not None:
+            kernel = "reference"  # the one that takes groups in activation order
         backend = kernels.choose(*fits) if kernel == "auto" else kernels.backend(kernel)
         if not backend.supports(*fits):
             raise SalienceError(

@@ -27,7 +27,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         raise SalienceError(f"{n} codes of {bits} bits do not fill whole 32-bit words")
     if 8 % bits == 0:
         fields = codes.unflatten(-1, (-1, 8 // bits))
-        return _fold(fields, bits).view(torch.int32)
+        return _fold(fields, bits).contiguous().view(torch.int32)
     shifts = torch.arange(bits, dtype=torch.uint8, device=codes.device)
     planes = (codes[..., None] >> shifts) & 1  # [..., n, bits]
     return _fold(planes.flatten(-2).unflatten(-1, (-1, 8)), 1).view(torch.int32)

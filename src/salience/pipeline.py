@@ -22,16 +22,24 @@ from torch import Tensor, nn
 
 from salience import grid
 from salience.calibration import BlockInputs, Calibration, block_inputs, observe, run_block
-from salience.checkpoint import Checkpoint, ShardWriter, check_disk, check_free, read_json
+from salience.checkpoint import (
+    Checkpoint,
+    ShardWriter,
+    check_disk,
+    check_free,
+    disk_errors,
+    read_json,
+)
 from salience.errors import SalienceError
 from salience.formats import Format, get_format
-from salience.load import resolve_device, set_tensor
+from salience.loading import read_tensor, resolve_device, set_tensor
 from salience.machine import peak_rss_bytes
 from salience.methods import FoldScale, Method, get_method
 from salience.plan import (
     MICRO_BATCH_TOKENS,
     SHARD_BYTES,
     check_scheme,
+    check_source,
     checkpoint_bytes,
     mean_bits,
 )
@@ -111,6 +119,7 @@ def quantize(
         resolve_device(device),
         progress or (lambda _phase, _done, _total: None),
     )
+    check_source(source, skeleton, job.weights)
     check_scheme(skeleton, job.scheme, job.fmt)
     check_disk(target, checkpoint_bytes(skeleton, job.scheme))
     text = None if job.method.name == "rtn" else calibration or Calibration()
@@ -128,6 +137,7 @@ def quantize(
         kept_modules=_kept(skeleton, prefix),
     )
     tokens = text.tokens(source.tokenizer()) if text else None
+    _fill_buffers(job)
     with ShardWriter(target, SHARD_BYTES) as writer, torch.no_grad():
         _run(job, tokens, writer, report)
         report.phase_seconds = job.seconds
@@ -185,7 +195,7 @@ def _run(job: _Job, tokens: Tensor | None, writer: ShardWriter, report: Report) 
             if inputs is None or probe is None:
                 moments = _unit_moments(block, job.device)
                 chosen: list[FoldScale] = []
-                plain = _errors(block, moments, job.scheme)
+                plain = _errors(block, moments, job.scheme, name)
             else:
                 kind = _signature(block)
                 if kind not in known:
@@ -197,7 +207,7 @@ def _run(job: _Job, tokens: Tensor | None, writer: ShardWriter, report: Report) 
                     moments = _observe(block, known[kind].groups, inputs, index)
                     _check_finite(moments, name)
                 with job.phase("search"):
-                    plain = _errors(block, moments, job.scheme)
+                    plain = _errors(block, moments, job.scheme, name)
                     weights = {n: m.weight.detach() for n, m in linears(block).items()}
                     found = job.method.prepare(weights, known[kind].folds, moments, job.scheme)
                     chosen = _fold(block, found, first, inputs, index)
@@ -210,6 +220,14 @@ def _run(job: _Job, tokens: Tensor | None, writer: ShardWriter, report: Report) 
     job.progress("block", len(job.blocks), len(job.blocks))
     with job.phase("write"):
         _write_rest(job, writer)
+
+
+def _fill_buffers(job: _Job) -> None:
+    """Read the buffers that are stored; they are small, so all stay in memory."""
+    stored = job.weights.names()
+    for name, buffer in job.skeleton.named_buffers():
+        if name in stored:
+            buffer.copy_(read_tensor(job.weights, name, buffer))
 
 
 def _inputs(job: _Job, tokens: Tensor) -> tuple[BlockInputs, BlockInputs]:
@@ -253,7 +271,8 @@ def _materialized(job: _Job, block: nn.Module, name: str) -> Iterator[None]:
 
 
 def _float(job: _Job, name: str) -> Tensor:
-    tensor = job.weights.tensor(name).to(job.device, torch.float32)
+    like = job.skeleton.get_parameter(name)
+    tensor = read_tensor(job.weights, name, like).to(job.device, torch.float32)
     if not torch.isfinite(tensor).all():
         raise SalienceError(
             f"tensor {name} of {job.weights.path} has values that are not finite; "
@@ -317,13 +336,16 @@ def _unit_moments(block: nn.Module, device: torch.device) -> dict[str, SecondMom
 
 
 def _errors(
-    block: nn.Module, moments: dict[str, SecondMoment], scheme: Scheme
+    block: nn.Module, moments: dict[str, SecondMoment], scheme: Scheme, prefix: str
 ) -> dict[str, tuple[float, float]]:
     """For each linear, the output energy and the output error of plain rounding."""
     result = {}
     for name, linear in linears(block).items():
         weight, second = linear.weight.detach(), moments[name].second
-        plain = grid.quantize(weight, scheme).dequantize() - weight
+        try:
+            plain = grid.quantize(weight, scheme).dequantize() - weight
+        except SalienceError as error:
+            raise SalienceError(f"{prefix}.{name}: {error}") from None
         result[name] = (
             output_error(weight, second).sum().item(),
             output_error(plain, second).sum().item(),
@@ -438,18 +460,18 @@ def _write_block(
 
 
 def _write_rest(job: _Job, writer: ShardWriter) -> None:
-    """Everything outside the blocks, config and tokenizer."""
+    """Everything outside the blocks, all buffers as they are, config and tokenizer."""
     inside = f"{job.prefix}."
     parameters = {name for name, _ in job.skeleton.named_parameters()}
+    buffers = {name for name, _ in job.skeleton.named_buffers()}
     for name in sorted(job.weights.names()):
-        if name.startswith(inside):
-            continue
-        if name in parameters:
-            writer.add(name, _half(_float(job, name), name))
-        elif name not in job.skeleton.state_dict():
+        if name in buffers:
             writer.add(name, job.weights.tensor(name))
+        elif name in parameters and not name.startswith(inside):
+            writer.add(name, _half(_float(job, name), name))
     writer.write_json("config.json", _config(job))
-    job.source.save_assets(writer.folder)
+    with disk_errors(writer.out):
+        job.source.save_assets(writer.folder)
 
 
 def _half(tensor: Tensor, name: str) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from salience.calibration import Calibration
+from salience.checkpoint import Checkpoint
 from salience.errors import SalienceError
 from salience.formats import Format
 from salience.machine import available_ram_bytes, free_disk_bytes, matmul_flops, peak_rss_bytes
@@ -67,12 +68,14 @@ def make_plan(
     """Estimate a quantization; `calibration` is None for a method that looks at no text.
 
     Raises:
-        SalienceError: a scheme that the model or the format cannot have.
+        SalienceError: a source that cannot be quantized, or a scheme that the model or the format
+            cannot have.
     """
     model = source.skeleton()
     _, blocks = find_blocks(model)
-    check_scheme(model, scheme, fmt)
     weights = source.weights(model)
+    check_source(source, model, weights)
+    check_scheme(model, scheme, fmt)
     names = {name for name, _ in model.named_parameters()} & weights.names()
     disk = checkpoint_bytes(model, scheme)
     memory = _memory(model, blocks, calibration, device, disk)
@@ -102,6 +105,19 @@ def make_plan(
         fits=not advice,
         advice=advice,
     )
+
+
+def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
+    """Refuse a source that is quantized already or lacks a tensor of `model`.
+
+    Raises:
+        SalienceError: naming the tensor.
+    """
+    if getattr(source.config, "quantization_config", None):
+        raise SalienceError(f"{source.name} is quantized already; start from the float model")
+    missing = {name for name, _ in model.named_parameters()} - weights.names()
+    if missing:
+        raise SalienceError(f"tensor {min(missing)} is missing from {weights.path}")
 
 
 def check_scheme(model: nn.Module, scheme: Scheme, fmt: Format) -> None:

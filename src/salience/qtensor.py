@@ -41,6 +41,8 @@ class QTensor:
             raise SalienceError(
                 f"scales must be float and zeros uint8, not {self.scales.dtype}, {self.zeros.dtype}"
             )
+        if self.g_idx is not None and tuple(self.g_idx.shape) != (self.q.shape[1],):
+            raise SalienceError(f"g_idx must be [{self.q.shape[1]}], not {_describe(self.g_idx)}")
 
     @property
     def out_features(self) -> int:

@@ -69,8 +69,8 @@ class Source:
     def is_gguf(self) -> bool:
         return self.path.is_file()
 
-    def skeleton(self) -> Any:
-        """The Transformers model in eval mode: parameters on meta, buffers computed.
+    def skeleton(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The Transformers model in eval mode: parameters on meta, buffers computed in `dtype`.
 
         Raises:
             SalienceError: an architecture without a causal language model.
@@ -81,10 +81,10 @@ class Source:
         with init_empty_weights(include_buffers=False):
             try:
                 model = AutoModelForCausalLM.from_config(
-                    self.config, trust_remote_code=self.trust_remote_code
+                    self.config, dtype=dtype, trust_remote_code=self.trust_remote_code
                 )
-            except ValueError as error:
-                raise SalienceError(f"{self.name}: {_first_line(error)}") from None
+            except Exception as error:  # whatever a wrong config leads to
+                raise SalienceError(f"{self.name}: {_reason(error)}") from None
         model.tie_weights()
         return model.eval()
 
@@ -131,10 +131,8 @@ class Source:
                 trust_remote_code=self.trust_remote_code,
                 **({"gguf_file": self.path.name} if self.is_gguf else {}),
             )
-        except (ValueError, OSError, KeyError) as error:
-            raise SalienceError(
-                f"{self.name} has no usable tokenizer: {_first_line(error)}"
-            ) from None
+        except Exception as error:  # whatever a damaged file leads to
+            raise SalienceError(f"{self.name} has no usable tokenizer: {_reason(error)}") from None
 
     def save_assets(self, folder: Path) -> None:
         """Write tokenizer, chat template and generation config into `folder`.
@@ -178,7 +176,7 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
             trust_remote_code=trust_remote_code,
             **({"gguf_file": path.name} if path.is_file() else {}),
         )
-    except (ValueError, KeyError, OSError) as error:
+    except Exception as error:  # whatever a wrong config leads to
         raise _config_error(path, trust_remote_code, error) from None
     return Source(model, path, stored, config, trust_remote_code)
 
@@ -197,12 +195,12 @@ def _config_error(path: Path, trusted: bool, error: Exception) -> SalienceError:
         kind = config.get("model_type")
         if kind is None:
             return SalienceError(f"{path / 'config.json'} has no model_type")
-        if kind not in CONFIG_MAPPING:
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             return SalienceError(
                 f"{path}: Transformers {version} does not know the architecture {kind!r}; "
                 "a newer Transformers may"
             )
-    return SalienceError(f"{path}: {_first_line(error)} (Transformers {version})")
+    return SalienceError(f"{path}: {_reason(error)} (Transformers {version})")
 
 
 def _locate(model: str) -> Path:
@@ -233,9 +231,12 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise SalienceError(
-            f"{name} is neither here nor to be had from the Hub: {_first_line(error)}"
+            f"{name} is neither here nor to be had from the Hub: {_reason(error)}"
         ) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _reason(error: Exception) -> str:
+    """What an error says, in one line: its first, with what that announces."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {text}"

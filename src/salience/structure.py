@@ -122,7 +122,7 @@ def discover_folds(
 def apply_fold(block: nn.Module, fold: Fold, scales: Tensor) -> None:
     """Divide prev and multiply the sinks by `scales` [in], in place."""
     prev = block.get_submodule(fold.prev)
-    divisor = torch.ones(_channels(prev), device=scales.device)
+    divisor = scales.new_ones(_channels(prev))
     divisor[fold.index.to(scales.device)] = scales
     with torch.no_grad():
         _divide(prev, fold.rule, divisor)

@@ -2,7 +2,7 @@
 
 Run by the environment that benchmarks/interop_autoawq.py describes:
 
-    /work/peers/autoawq/bin/python tests/golden/make_autoawq.py
+    ~/autoawq/bin/python tests/golden/make_autoawq.py
 
 The weights lie on a 4-bit grid, so AutoAWQ's packer, which divides them by their scales again,
 finds the very codes they came from. For each case `<c>` the file holds that grid,

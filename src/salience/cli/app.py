@@ -1,5 +1,6 @@
 """The commands. Heavy imports happen inside each, so that `--help` answers at once."""
 
+import os
 import sys
 from dataclasses import asdict
 from enum import Enum
@@ -73,7 +74,7 @@ def plan(
     """Say what quantizing MODEL needs: memory, disk, time. No weights are read."""
     from salience.calibration import Calibration
     from salience.formats import get_format
-    from salience.load import resolve_device
+    from salience.loading import resolve_device
     from salience.plan import make_plan
     from salience.source import open_source
 
@@ -196,7 +197,7 @@ def evaluate(
     """Measure the perplexity of MODEL on a text."""
     from salience.calibration import read_text
     from salience.evaluation.perplexity import perplexity
-    from salience.load import load_source
+    from salience.loading import load_source
     from salience.source import open_source
 
     words = read_text(text)
@@ -226,7 +227,7 @@ def chat(
 ) -> None:
     """Ask MODEL one thing and print its reply."""
     from salience.chat.reply import reply
-    from salience.load import load_source
+    from salience.loading import load_source
     from salience.source import open_source
 
     def show(piece: str) -> None:
@@ -258,8 +259,11 @@ def chat(
 
 def main() -> None:
     """Run the command line; errors a user can cause are one line and their own exit status."""
+    # Transformers' warnings are for programmers, and stderr is for one line.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except SalienceError as error:
-        stderr.print(f"error: {escape(str(error))}")
+        # Names in a file may hold line ends; the message is one line all the same.
+        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)

@@ -21,7 +21,9 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=stderr, transient=True) as bar:
+    # Off a terminal rich would still end the bar with an empty line.
+    hidden = not stderr.is_terminal
+    with Progress(*columns, console=stderr, transient=True, disable=hidden) as bar:
         task = bar.add_task(title, total=None)
 
         def update(phase: str, done: int, total: int) -> None:

@@ -12,7 +12,7 @@ Symmetric weights store zeros of 8: there is no shorter form that every reader t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,8 +49,9 @@ class AutoAwq:
 
     def check(self, scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> None:
         if scheme.bits != _BITS or scheme.codebook is not None:
+            better = replace(scheme, bits=_BITS, codebook=None)
             raise SalienceError(
-                f"--format awq holds 4-bit codes, not {scheme}; use --scheme w4g{scheme.group_size}"
+                f"--format awq holds 4-bit codes, not {scheme}; use --scheme {better}"
             )
         if scheme.group_size == -1 and len({columns for _, columns in shapes.values()}) > 1:
             raise SalienceError(
@@ -73,8 +74,13 @@ class AutoAwq:
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
         qweight, qzeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
-        if qweight.dtype != torch.int32 or qzeros.dtype != torch.int32:
-            raise SalienceError(f"qweight and qzeros must be int32, not {qweight.dtype}")
+        for name, words in (("qweight", qweight), ("qzeros", qzeros)):
+            if words.dtype != torch.int32 or words.ndim != 2:
+                raise SalienceError(
+                    f"{name} must be an int32 matrix, not {words.dtype} {list(words.shape)}"
+                )
+        if scales.ndim != 2:
+            raise SalienceError(f"scales must be a matrix, not {list(scales.shape)}")
         codes = deinterleave_awq(unpack(qweight, _BITS)).T.contiguous()
         zeros = deinterleave_awq(unpack(qzeros, _BITS)).T.contiguous()
         return QTensor(codes, scales.T.contiguous(), zeros, scheme)

@@ -57,8 +57,15 @@ def backend(name: str) -> Backend:
 
 
 def choose(scheme: Scheme, device: torch.device, in_features: int, out_features: int) -> Backend:
-    """The fastest backend that supports such a weight; `Reference` supports all."""
-    return next(b for b in BACKENDS if b.supports(scheme, device, in_features, out_features))
+    """The fastest backend that supports such a weight.
+
+    Raises:
+        SalienceError: none does.
+    """
+    for candidate in BACKENDS:
+        if candidate.supports(scheme, device, in_features, out_features):
+            return candidate
+    raise SalienceError(f"no kernel supports {scheme} [{out_features}, {in_features}] on {device}")
 
 
 @torch.library.custom_op("salience::qmm", mutates_args=())
@@ -66,8 +73,9 @@ def qmm(
     x: Tensor, packed: list[Tensor], kernel: str, bits: int, group_size: int, out_features: int
 ) -> Tensor:
     """x [..., in] times a weight packed by backend `kernel`: [..., out_features], dtype of x."""
-    y = backend(kernel).matmul(x.flatten(0, -2), packed, bits, group_size)
-    return y.unflatten(0, x.shape[:-1])
+    tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    y = backend(kernel).matmul(tokens, packed, bits, group_size)
+    return y.view(*x.shape[:-1], out_features)
 
 
 @qmm.register_fake

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salience.checkpoint import Checkpoint
+from salience import kernels
+from salience.checkpoint import Checkpoint, read_json
 from salience.errors import SalienceError
 from salience.formats import detect_format
 from salience.formats.base import Format
@@ -51,24 +52,20 @@ def load_source(
 ) -> Any:
     """`load`, from an opened source."""
     place = resolve_device(device)
+    if kernel != "auto":
+        kernels.backend(kernel)  # a wrong name is wrong for a float model too
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else _config_dtype(source)
-    model = source.skeleton()
+    model = source.skeleton(dtype)
     stored = source.stored
     config = getattr(source.config, "quantization_config", None)
     packed = _fill_quantized(model, stored, config, place, kernel) if config else set()
     weights = source.weights(model)
     for name, parameter in list(model.named_parameters()):
-        tensor = weights.tensor(name)
-        if tensor.shape != parameter.shape:
-            raise SalienceError(
-                f"tensor {name} of {source.path} is {list(tensor.shape)}, "
-                f"the model wants {list(parameter.shape)}"
-            )
-        set_tensor(model, name, tensor.to(place, dtype))
+        set_tensor(model, name, read_tensor(weights, name, parameter).to(place, dtype))
     for name, buffer in model.named_buffers():
         if name in weights.names() and name not in packed:
-            buffer.copy_(weights.tensor(name))
+            buffer.copy_(read_tensor(weights, name, buffer))
     model.tie_weights()
     model.to(place)
     model.generation_config = _generation_config(source)
@@ -102,6 +99,17 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
+def read_tensor(stored: Checkpoint, name: str, like: Tensor) -> Tensor:
+    """A stored tensor, which must have the shape of the model's."""
+    tensor = stored.tensor(name)
+    if tensor.shape != like.shape:
+        raise SalienceError(
+            f"tensor {name} of {stored.path} is {list(tensor.shape)}, "
+            f"the model wants {list(like.shape)}"
+        )
+    return tensor
+
+
 def _fill_quantized(
     model: nn.Module,
     stored: Checkpoint,
@@ -121,7 +129,7 @@ def _fill_quantized(
         qt = _read(fmt, config, name, local, (linear.out_features, linear.in_features), stored)
         bias = None
         if linear.bias is not None:
-            bias = stored.tensor(f"{name}.bias").to(device)
+            bias = read_tensor(stored, f"{name}.bias", linear.bias).to(device)
         model.set_submodule(name, QuantLinear(qt, bias, kernel))
         used.update(tensors.values(), [f"{name}.bias"])
     orphans = {
@@ -163,5 +171,6 @@ def _generation_config(source: Source) -> Any:
     from transformers import GenerationConfig
 
     if not source.is_gguf and (source.path / "generation_config.json").is_file():
+        read_json(source.path / "generation_config.json")  # for an error that names the file
         return GenerationConfig.from_pretrained(source.path)
     return GenerationConfig.from_model_config(source.config)

@@ -1,0 +1,306 @@
+"""Calibration tokens, and blocks run one at a time exactly as the whole model runs them."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import TEXT, VOCABULARY, error, llama_config, make_model, random_tokens
+from torch import Tensor, nn
+from transformers import (
+    BloomConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPTJConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+)
+
+from salience import calibration as module
+from salience.calibration import Calibration, block_inputs, observe, read_text, run_block
+from salience.errors import SalienceError
+from salience.structure import find_blocks
+
+CPU = torch.device("cpu")
+GEMMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 4,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
+
+def test_tokens_are_chunks_of_the_text(
+    text_file: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokens = Calibration(str(text_file), samples=9, seqlen=32).tokens(tokenizer)
+    assert tokens.shape == (9, 32) and tokens.dtype == torch.int64
+    ids = tokenizer(text_file.read_text())["input_ids"]
+    chunks = [ids[i : i + 32] for i in range(0, len(ids) - 31, 32)]
+    found = [chunks.index(row) for row in tokens.tolist()]
+    assert len(set(found)) == 9
+    assert found != sorted(found)
+
+
+def test_tokens_by_seed(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    def tokens(seed: int) -> Tensor:
+        torch.manual_seed(seed + 7)  # the global generator has no say
+        return Calibration(str(text_file), samples=9, seqlen=32, seed=seed).tokens(tokenizer)
+
+    assert torch.equal(tokens(0), tokens(0))
+    assert torch.equal(tokens(3), tokens(3))
+    assert not torch.equal(tokens(0), tokens(3))
+
+
+def test_text_that_is_too_short(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text(TEXT[:500])
+    count = len(tokenizer(TEXT[:500])["input_ids"])
+    with pytest.raises(
+        SalienceError,
+        match=rf"{path} has {count} tokens, {4 * 128 - count} too few for 4 samples of 128",
+    ):
+        Calibration(str(path), samples=4, seqlen=128).tokens(tokenizer)
+    exact = Calibration(str(path), samples=1, seqlen=count).tokens(tokenizer)
+    assert exact.shape == (1, count)
+    path.write_text("")
+    with pytest.raises(SalienceError, match="has 0 tokens, 8 too few"):
+        Calibration(str(path), samples=1, seqlen=8).tokens(tokenizer)
+
+
+def test_jsonl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = [TEXT[:900], "naïve “quotes”\n", TEXT[900:2000]]
+    path = tmp_path / "text.jsonl"
+    lines = [json.dumps({"text": text, "id": 1}, ensure_ascii=False) for text in documents]
+    path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    plain = tmp_path / "text.txt"
+    plain.write_text("".join(f"{text}\n" for text in documents), encoding="utf-8")
+    found = Calibration(str(path), samples=4, seqlen=64).tokens(tokenizer)
+    assert torch.equal(found, Calibration(str(plain), samples=4, seqlen=64).tokens(tokenizer))
+    assert read_text(str(path)) == plain.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("line", ["{", '{"content": "x"}', '["text"]', '"text"', "7"])
+def test_jsonl_that_is_wrong(
+    line: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
+    with pytest.raises(SalienceError, match=rf"{path} line 2 is no JSON object with a \"text\""):
+        Calibration(str(path), samples=1, seqlen=8).tokens(tokenizer)
+
+
+def test_default_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    tokens = Calibration(samples=4, seqlen=32).tokens(tokenizer)
+    text = tokenizer.decode(tokens[0])
+    assert text in TEXT
+    assert read_text("pydoc") == TEXT
+    assert len(TEXT) > 4 * 128 * 512 / 2  # enough for the default with a usual tokenizer
+
+
+def test_a_huge_file_is_not_read_whole(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "huge.txt"
+    path.write_text(TEXT * 20)
+    read: list[int] = []
+
+    class Counting:
+        def __call__(self, text: str, **_: Any) -> Any:
+            read.append(len(text))
+            return tokenizer(text)
+
+    Calibration(str(path), samples=2, seqlen=32).tokens(Counting())
+    assert read == [2 * 32 * 64]
+
+
+def test_bytes_that_are_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    path = tmp_path / "binary.txt"
+    path.write_bytes(bytes(range(256)) * 8)
+    assert Calibration(str(path), samples=1, seqlen=64).tokens(tokenizer).shape == (1, 64)
+
+
+def test_no_such_text(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(SalienceError, match="nowhere is no file; for a Hub dataset, pip install"):
+        Calibration("nowhere", samples=1, seqlen=8).tokens(tokenizer)
+    with pytest.raises(SalienceError, match=r"text nowhere\.txt does not exist"):
+        read_text("nowhere.txt")
+
+
+@pytest.mark.parametrize("values", [{"samples": 0}, {"seqlen": 0}, {"samples": -1}])
+def test_sizes_that_are_wrong(values: dict[str, int]) -> None:
+    with pytest.raises(SalienceError, match="at least 1"):
+        Calibration(**values)  # type: ignore[arg-type]
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": llama_config,
+    # Sliding and full attention: masks and, in Gemma 3, rotations differ from block to block.
+    "gemma2": lambda: Gemma2Config(**GEMMA),
+    "gemma3": lambda: Gemma3TextConfig(**GEMMA),
+    # Positions are added in front of the blocks.
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+    ),
+    # Blocks that return a tuple, of which the model takes the first item.
+    "bloom": lambda: BloomConfig(vocab_size=VOCABULARY, hidden_size=64, n_layer=5, n_head=4),
+    "gptj": lambda: GPTJConfig(
+        vocab_size=VOCABULARY,
+        n_embd=64,
+        n_layer=5,
+        n_head=4,
+        rotary_dim=8,
+        n_positions=64,
+        bos_token_id=0,
+        eos_token_id=0,
+    ),
+}
+
+
+def outputs_of_blocks(model: Any, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """What goes into the first block and what comes out of each, in the model's own run."""
+    _, blocks = find_blocks(model)
+    seen: list[Tensor] = []
+
+    def first(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(args[0] if args else kwargs["hidden_states"])
+
+    def after(_module: nn.Module, _args: tuple[Any, ...], out: Any) -> None:
+        seen.append(out if isinstance(out, Tensor) else out[0])
+
+    handles = [blocks[0].register_forward_pre_hook(first, with_kwargs=True)]
+    handles += [block.register_forward_hook(after) for block in blocks]
+    model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return seen[0], seen[1:]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch", [1, 2, 6])
+@torch.no_grad()
+def test_blocks_run_alone_as_in_the_model(name: str, batch: int) -> None:
+    model = make_model(MODELS[name]())
+    _, blocks = find_blocks(model)
+    tokens = random_tokens(6, 20)
+    first, expected = outputs_of_blocks(model, tokens)
+    inputs = block_inputs(model, blocks, tokens, batch, CPU)
+    assert inputs.batch == batch and len(inputs.arguments) == len(blocks)
+    assert torch.equal(inputs.hidden, first)
+    hidden = inputs.hidden
+    for block, arguments, after in zip(blocks, inputs.arguments, expected, strict=True):
+        parts = [run_block(block, part, arguments) for part in hidden.split(batch)]
+        hidden = torch.cat(parts)
+        assert error(hidden, after) < 1e-6
+    # The stubs are gone: the model is what it was.
+    again = outputs_of_blocks(model, tokens)[1]
+    assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
+    assert all("forward" not in vars(block) for block in blocks)
+    assert all(not block._forward_pre_hooks for block in blocks)
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_that_transformers_reports() -> None:
+    model = make_model(llama_config())
+    tokens = random_tokens(2, 20)
+    blocks = model.model.layers
+    inputs = block_inputs(model, blocks, tokens, 2, CPU)
+    out = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
+    hidden = inputs.hidden
+    for i, block in enumerate(blocks):
+        assert error(hidden, out.hidden_states[i]) < 1e-6
+        hidden = run_block(block, hidden, inputs.arguments[i])
+    assert error(model.model.norm(hidden), out.hidden_states[-1]) < 1e-6
+
+
+def test_blocks_differ_in_their_arguments() -> None:
+    """Otherwise the test above would not show that each block gets its own."""
+    model = make_model(MODELS["gemma3"]())
+    inputs = block_inputs(model, find_blocks(model)[1], random_tokens(1, 20), 1, CPU)
+    (_, sliding), (_, full) = inputs.arguments[:2]
+    masks = [kwargs["attention_mask"] for kwargs in (sliding, full)]
+    assert not torch.equal(*(torch.zeros(0) if mask is None else mask.float() for mask in masks))
+
+
+@torch.no_grad()
+def test_restored_after_a_failure() -> None:
+    model = make_model(llama_config())
+    blocks = model.model.layers
+    with pytest.raises(IndexError):
+        block_inputs(model, blocks, torch.full((1, 4), VOCABULARY + 1), 1, CPU)
+    assert all("forward" not in vars(block) for block in blocks)
+    assert all(not block._forward_pre_hooks for block in blocks)
+
+
+@torch.no_grad()
+def test_arguments_that_depend_on_the_text() -> None:
+    class TextMask(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(VOCABULARY, 8)
+            self.blocks = nn.ModuleList([nn.Bilinear(8, 1, 8)])
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            hidden = self.embed(input_ids)
+            for block in self.blocks:
+                hidden = block(hidden, input_ids[..., None].float())
+            return hidden
+
+    model = TextMask()
+    same = torch.zeros(2, 4, dtype=torch.int64)
+    assert block_inputs(model, model.blocks, same, 1, CPU).hidden.shape == (2, 4, 8)
+    with pytest.raises(SalienceError, match="TextMask passes its blocks arguments that depend"):
+        block_inputs(model, model.blocks, random_tokens(2, 4), 1, CPU)
+
+
+@torch.no_grad()
+def test_observe() -> None:
+    model = make_model(llama_config())
+    block = model.model.layers[1]
+    inputs = block_inputs(model, model.model.layers, random_tokens(2, 20), 2, CPU)
+    seen: dict[str, Tensor] = {}
+
+    def run() -> Tensor:
+        return run_block(block, inputs.hidden, inputs.arguments[1])
+
+    names = ["self_attn.q_proj", "mlp.gate_proj"]
+    out = observe(block, names, run, seen.__setitem__)
+    assert torch.equal(out, run())
+    assert list(seen) == names
+    assert torch.equal(seen["self_attn.q_proj"], block.input_layernorm(inputs.hidden))
+    seen.clear()
+
+    def fail() -> Tensor:
+        run()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        observe(block, names, fail, seen.__setitem__)
+    seen.clear()
+    run()
+    assert not seen  # the hooks are gone
+
+
+def test_describe() -> None:
+    assert Calibration("a.txt", 3, 5, 7).describe() == {
+        "text": "a.txt",
+        "samples": 3,
+        "seqlen": 5,
+        "seed": 7,
+        "tokens": 15,
+    }
+    assert module.DEFAULT_TEXT == "pydoc"

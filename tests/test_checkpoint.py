@@ -1,0 +1,645 @@
+"""Checkpoints on disk: what is read, what is refused, and that writing is all or nothing."""
+
+import json
+import os
+import stat
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Q
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from salience.checkpoint import (
+    INDEX_NAME,
+    GgufCheckpoint,
+    RenamedCheckpoint,
+    SafetensorsCheckpoint,
+    ShardWriter,
+    check_disk,
+    check_free,
+    disk_errors,
+    read_json,
+)
+from salience.errors import SalienceError
+
+TENSORS = {
+    "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
+    "b.weight": torch.arange(6, dtype=torch.float32).to(torch.bfloat16).view(2, 3),
+    "c.qweight": torch.arange(4, dtype=torch.int32),
+    "d": torch.tensor(1.5, dtype=torch.float64),
+    "e": torch.zeros(0, 7, dtype=torch.float16),
+    "f": torch.tensor([True, False]),
+}
+
+
+def write_sharded(folder: Path, *shards: dict[str, Tensor]) -> None:
+    weight_map = {}
+    for i, tensors in enumerate(shards, start=1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(tensors, folder / name)
+        weight_map.update(dict.fromkeys(tensors, name))
+    write_index(folder, weight_map)
+
+
+def write_index(folder: Path, weight_map: Any) -> None:
+    (folder / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def raw(header: object, data: bytes = b"", size: int | None = None) -> bytes:
+    """A safetensors file of any header."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if size is None else size) + text + data
+
+
+def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+def refuse(make: Callable[[], object], *parts: object) -> str:
+    """The one-line message of the SalienceError that `make` raises."""
+    with pytest.raises(SalienceError) as error:
+        make()
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    for part in parts:
+        assert str(part) in message
+    return message
+
+
+# Reading safetensors.
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_reads_safetensors(tmp_path: Path, sharded: bool) -> None:
+    if sharded:
+        items = list(TENSORS.items())
+        write_sharded(tmp_path, dict(items[:2]), dict(items[2:]))
+    else:
+        save_file(TENSORS, tmp_path / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.path == tmp_path
+    assert checkpoint.names() == set(TENSORS)
+    for name, tensor in TENSORS.items():
+        assert checkpoint.shape(name) == tuple(tensor.shape)
+        assert checkpoint.nbytes(name) == tensor.nbytes
+        found = checkpoint.tensor(name)
+        assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+
+
+def test_reads_what_the_index_names(tmp_path: Path) -> None:
+    """A stray file beside the shards is not part of the checkpoint."""
+    write_sharded(tmp_path, {"a": torch.zeros(1)}, {"b": torch.zeros(1)})
+    save_file({"a": torch.ones(1)}, tmp_path / "consolidated.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    assert checkpoint.names() == {"a", "b"}
+    assert checkpoint.tensor("a").item() == 0
+
+
+def test_one_file_of_any_name(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "pytorch_model.safetensors")
+    assert SafetensorsCheckpoint(tmp_path).names() == {"a"}
+
+
+def test_missing_tensor(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    checkpoint = SafetensorsCheckpoint(tmp_path)
+    for read in (checkpoint.tensor, checkpoint.shape, checkpoint.nbytes):
+        refuse(lambda read=read: read("b"), "tensor b is missing", tmp_path)
+
+
+GOOD = raw({"a": entry("F32", [2], 0, 8), "b": entry("F16", [2], 8, 12)}, bytes(12))
+MALFORMED = {
+    "empty": b"",
+    "short length": b"\x10\x00\x00",
+    "no header": struct.pack("<Q", 100),
+    "truncated header": GOOD[:40],
+    "truncated data": GOOD[:-1],
+    "trailing data": GOOD + b"\x00",
+    "huge header": raw({}, size=2**63 - 1),
+    "wrapping header": raw({}, size=2**64 - 4),
+    "large header": raw({}, size=200_000_000),
+    "header longer than file": raw({}, size=3),
+    "garbage JSON": raw(b'{"a": nonsense}'),
+    "not UTF-8": raw(b'{"\xff\xfe": 1}'),
+    "JSON list": raw(b"[1, 2]"),
+    "JSON string": raw(b'"abc"'),
+    "entry without dtype": raw({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)),
+    "overlapping": raw({"a": entry("F32", [2], 0, 8), "b": entry("F32", [2], 4, 12)}, bytes(12)),
+    "hole": raw({"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 8, 12)}, bytes(12)),
+    "beyond the end": raw({"a": entry("F32", [2], 0, 8)}, bytes(4)),
+    "backwards": raw({"a": entry("F32", [2], 8, 0)}, bytes(8)),
+    "negative": raw({"a": entry("F32", [2], -8, 0)}, bytes(8)),
+    "negative shape": raw({"a": entry("F32", [-2], 0, 8)}, bytes(8)),
+    "shape beyond offsets": raw({"a": entry("F32", [200], 0, 8)}, bytes(8)),
+    "overflowing shape": raw({"a": entry("F32", [2**62, 2**62], 0, 8)}, bytes(8)),
+    "unknown dtype": raw({"a": entry("F12", [2], 0, 8)}, bytes(8)),
+    "dtype number": raw({"a": {"dtype": 3, "shape": [2], "data_offsets": [0, 8]}}, bytes(8)),
+    "GGUF": b"GGUF" + struct.pack("<I", 3) + bytes(64),
+    "a pickle": b"\x80\x02}q\x00.",
+    "text": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 7\n",
+}
+
+
+def test_the_good_file_is_good(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(GOOD)
+    assert SafetensorsCheckpoint(tmp_path).names() == {"a", "b"}
+
+
+@pytest.mark.parametrize("kind", list(MALFORMED))
+@pytest.mark.parametrize("sharded", [False, True])
+def test_malformed_safetensors(tmp_path: Path, kind: str, sharded: bool) -> None:
+    file = tmp_path / "model.safetensors"
+    if sharded:
+        file = tmp_path / "model-00002-of-00002.safetensors"
+        write_sharded(tmp_path, {"y": torch.zeros(2)}, {"z": torch.zeros(2)})
+    file.write_bytes(MALFORMED[kind])
+    refuse(lambda: SafetensorsCheckpoint(tmp_path), file)
+
+
+def test_every_truncation(tmp_path: Path) -> None:
+    file = tmp_path / "model.safetensors"
+    for length in range(len(GOOD)):
+        file.write_bytes(GOOD[:length])
+        refuse(lambda: SafetensorsCheckpoint(tmp_path), file)
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F8_E4M3", 1), ("F8_E5M2", 1), ("U16", 2)])
+def test_unsupported_dtype(tmp_path: Path, dtype: str, size: int) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(raw({"x.weight": entry(dtype, [2], 0, 2 * size)}, bytes(2 * size)))
+    refuse(
+        lambda: SafetensorsCheckpoint(tmp_path),
+        *("tensor x.weight", file, f"dtype {dtype}", "convert the checkpoint to BF16"),
+    )
+
+
+def test_tensor_in_two_shards(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"a": torch.zeros(1)}, {"a": torch.ones(1), "b": torch.zeros(1)})
+    index = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    write_index(tmp_path, index)
+    refuse(lambda: SafetensorsCheckpoint(tmp_path), "a is in both", *index.values())
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../model.safetensors",
+        "../../etc/x",
+        "/etc/passwd",
+        "sub/model.safetensors",
+        "..",
+        "",
+        "model.bin",
+        "model.safetensors/",
+        None,
+        3,
+        ["model.safetensors"],
+    ],
+)
+def test_index_stays_in_its_folder(tmp_path: Path, name: Any) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "sub").mkdir()
+    for place in (tmp_path, folder, folder / "sub"):
+        save_file({"a": torch.zeros(1)}, place / "model.safetensors")
+    write_index(folder, {"a": name})
+    refuse(lambda: SafetensorsCheckpoint(folder), folder / INDEX_NAME, "no shard beside it")
+
+
+def test_missing_shard(tmp_path: Path) -> None:
+    write_sharded(tmp_path, {"a": torch.zeros(1)}, {"b": torch.zeros(1)})
+    lost = tmp_path / "model-00002-of-00002.safetensors"
+    lost.unlink()
+    refuse(lambda: SafetensorsCheckpoint(tmp_path), f"shard {lost} is missing")
+    lost.mkdir()
+    refuse(lambda: SafetensorsCheckpoint(tmp_path), f"shard {lost} is missing")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "7", '"a"', "{}", '{"weight_map": []}', '{"weight_map": {}}']
+)
+def test_malformed_index(tmp_path: Path, text: str) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / INDEX_NAME).write_text(text)
+    refuse(lambda: SafetensorsCheckpoint(tmp_path), tmp_path / INDEX_NAME)
+
+
+def test_index_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / INDEX_NAME).write_bytes(b"\xff\xfe{}")
+    refuse(lambda: SafetensorsCheckpoint(tmp_path), tmp_path / INDEX_NAME)
+
+
+def test_no_safetensors(tmp_path: Path) -> None:
+    refuse(lambda: SafetensorsCheckpoint(tmp_path), tmp_path, "found none")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    refuse(lambda: SafetensorsCheckpoint(tmp_path), tmp_path, "only pytorch_model.bin, a pickle")
+    refuse(lambda: SafetensorsCheckpoint(tmp_path / "nowhere"), tmp_path / "nowhere")
+
+
+# Reading GGUF.
+
+
+def write_gguf(path: Path, tensors: dict[str, tuple[numpy.ndarray, Q]]) -> Path:
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(2)
+    writer.add_token_list(["a", "b", "c"])
+    for name, (data, kind) in tensors.items():
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def quantized(kind: Q, rows: int = 3, columns: int = 64) -> numpy.ndarray:
+    values = numpy.random.default_rng(int(kind)).standard_normal((rows, columns), numpy.float32)
+    return gguf.quantize(values, kind)
+
+
+@pytest.fixture
+def good_gguf(tmp_path: Path) -> Path:
+    kinds = (Q.Q4_0, Q.Q4_1, Q.Q8_0, Q.F16, Q.F32, Q.BF16)
+    tensors = {kind.name: (quantized(kind), kind) for kind in kinds}
+    return write_gguf(tmp_path / "good.gguf", tensors)
+
+
+def test_reads_gguf(good_gguf: Path) -> None:
+    checkpoint = GgufCheckpoint(good_gguf)
+    assert checkpoint.architecture == "llama"
+    assert checkpoint.names() == {"Q4_0", "Q4_1", "Q8_0", "F16", "F32", "BF16"}
+    for name in checkpoint.names():
+        data = quantized(Q[name])
+        tensor = checkpoint.tensor(name)
+        assert checkpoint.shape(name) == (3, 64) == tuple(tensor.shape)
+        assert checkpoint.nbytes(name) == data.nbytes
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, torch.from_numpy(gguf.dequantize(data, Q[name])))
+
+
+def test_gguf_tensor_is_a_copy(good_gguf: Path) -> None:
+    """The file is mapped read-only: a view of it could not be written to."""
+    checkpoint = GgufCheckpoint(good_gguf)
+    for name in ("F32", "Q4_0"):
+        before = checkpoint.tensor(name).clone()
+        checkpoint.tensor(name).zero_()
+        assert torch.equal(checkpoint.tensor(name), before)
+
+
+def test_q4_0_by_hand(tmp_path: Path) -> None:
+    block = bytes.fromhex("c0b95b5a5a4a493939382828271717160606")
+    data = numpy.frombuffer(block, numpy.uint8)[None]
+    tensor = GgufCheckpoint(write_gguf(tmp_path / "x.gguf", {"t": (data, Q.Q4_0)})).tensor("t")
+    d = numpy.frombuffer(block[:2], numpy.float16).astype(float).item()
+    low, high = ([byte >> shift & 15 for byte in block[2:]] for shift in (0, 4))
+    assert tensor.tolist() == [[d * (code - 8) for code in low + high]]
+    assert (tensor[0] - (torch.arange(32) - 8) / 4).abs().max() <= abs(d) / 2 * 1.01
+
+
+def q4_k_by_hand(block: bytes) -> list[float]:
+    """The values of 256 weights in 144 bytes, from the description of the format."""
+    d, dmin = (float(v) for v in numpy.frombuffer(block[:4], numpy.float16))
+    packed, quants = block[4:16], block[16:]
+    values = []
+    for j in range(8):
+        if j < 4:
+            scale, low = packed[j] & 63, packed[j + 4] & 63
+        else:
+            scale = (packed[j + 4] & 15) | (packed[j - 4] >> 6 << 4)
+            low = (packed[j + 4] >> 4) | (packed[j] >> 6 << 4)
+        chunk = quants[32 * (j // 2) : 32 * (j // 2 + 1)]
+        codes = [(byte >> 4) if j % 2 else (byte & 15) for byte in chunk]
+        values += [d * scale * code - dmin * low for code in codes]
+    return values
+
+
+@pytest.mark.parametrize("kind", [Q.Q2_K, Q.Q3_K, Q.Q4_K, Q.Q5_K, Q.Q6_K], ids=lambda q: q.name)
+def test_k_quants(tmp_path: Path, kind: Q) -> None:
+    _, size = gguf.GGML_QUANT_SIZES[kind]
+    data = numpy.random.default_rng(1).integers(0, 120, (2, 2 * size), numpy.uint8)  # finite fp16
+    checkpoint = GgufCheckpoint(write_gguf(tmp_path / "k.gguf", {"t": (data, kind)}))
+    assert checkpoint.shape("t") == (2, 512)
+    assert checkpoint.nbytes("t") == data.nbytes
+    tensor = checkpoint.tensor("t")
+    assert torch.equal(tensor, torch.from_numpy(gguf.dequantize(data, kind)))
+    if kind is Q.Q4_K:
+        want = q4_k_by_hand(data[0].tobytes()[:size])
+        torch.testing.assert_close(tensor[0, :256].double(), torch.tensor(want).double())
+
+
+def test_gguf_missing_tensor(good_gguf: Path) -> None:
+    checkpoint = GgufCheckpoint(good_gguf)
+    for read in (checkpoint.tensor, checkpoint.shape, checkpoint.nbytes):
+        refuse(lambda read=read: read("b"), "tensor b is missing", good_gguf)
+
+
+def test_gguf_integers_are_no_weights(tmp_path: Path) -> None:
+    data = numpy.arange(8, dtype=numpy.int32)
+    checkpoint = GgufCheckpoint(write_gguf(tmp_path / "i.gguf", {"t": (data, Q.I32)}))
+    refuse(lambda: checkpoint.tensor("t"), "tensor t", "i.gguf", "I32")
+
+
+def test_every_truncated_gguf(good_gguf: Path, tmp_path: Path) -> None:
+    data = good_gguf.read_bytes()
+    path = tmp_path / "short.gguf"
+    for length in range(0, len(data), 7):
+        path.write_bytes(data[:length])
+        refuse(lambda: GgufCheckpoint(path), path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GGUF",
+        b"GGML" + bytes(64),
+        b"GGUF" + struct.pack("<IQQ", 99, 0, 0) + bytes(64),
+        b"GGUF" + struct.pack("<IQQ", 3, 2**63, 2**63) + bytes(64),
+        b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**62) + bytes(64),
+        b"GGUF" + bytes(range(256)),
+        b"GGUF" + b"\xff" * 200,
+        GOOD,
+    ],
+)
+def test_garbage_gguf(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "bad.gguf"
+    path.write_bytes(data)
+    refuse(lambda: GgufCheckpoint(path), path)
+
+
+def test_missing_gguf(tmp_path: Path) -> None:
+    refuse(lambda: GgufCheckpoint(tmp_path / "no.gguf"), tmp_path / "no.gguf")
+
+
+def test_gguf_without_architecture(tmp_path: Path) -> None:
+    path = tmp_path / "none.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0) + bytes(64))
+    refuse(lambda: GgufCheckpoint(path), path, "architecture")
+
+
+def test_gguf_architecture_that_is_no_text(good_gguf: Path) -> None:
+    data = good_gguf.read_bytes().replace(b"llama", b"\xff\xfe\xfd\xfc\xfb", 1)
+    good_gguf.write_bytes(data)
+    refuse(lambda: GgufCheckpoint(good_gguf), good_gguf)
+
+
+# Another checkpoint's names.
+
+
+def test_renamed(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    inner = SafetensorsCheckpoint(tmp_path)
+    names = {"x": "a.weight", "y": "b.weight", "z": "not.there"}
+    checkpoint = RenamedCheckpoint(inner, names)
+    assert checkpoint.path == tmp_path
+    assert checkpoint.names() == {"x", "y"}
+    assert checkpoint.shape("x") == (3, 4)
+    assert checkpoint.nbytes("y") == 12
+    assert torch.equal(checkpoint.tensor("x"), TENSORS["a.weight"])
+    for name in ("z", "a.weight"):
+        for read in (checkpoint.tensor, checkpoint.shape, checkpoint.nbytes):
+            refuse(lambda read=read, name=name: read(name), f"tensor {name} is missing", tmp_path)
+
+
+def test_renamed_converts(tmp_path: Path) -> None:
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    seen = []
+
+    def convert(tensor: Tensor, stored: str) -> Tensor:
+        seen.append(stored)
+        return tensor + 1
+
+    checkpoint = RenamedCheckpoint(SafetensorsCheckpoint(tmp_path), {"x": "a.weight"}, convert)
+    assert torch.equal(checkpoint.tensor("x"), TENSORS["a.weight"] + 1)
+    assert seen == ["a.weight"]
+
+
+# Writing.
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_writes_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with ShardWriter(out) as writer:
+        for name, tensor in TENSORS.items():
+            writer.add(name, tensor)
+        writer.write_json("config.json", {"model_type": "é"})
+        assert not out.exists()
+        assert entries(tmp_path) == [writer.folder.name]
+        assert writer.folder.name.startswith(".out.")
+    assert entries(tmp_path) == ["out"]
+    assert entries(out) == ["config.json", "model.safetensors"]
+    assert json.loads((out / "config.json").read_text(encoding="utf-8")) == {"model_type": "é"}
+    written = load_file(out / "model.safetensors")
+    assert set(written) == set(TENSORS)
+    assert all(torch.equal(written[name], tensor) for name, tensor in TENSORS.items())
+    with (out / "model.safetensors").open("rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    assert header["__metadata__"] == {"format": "pt"}
+
+
+def test_writes_shards(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tensors = {f"t{i}": torch.full((16,), float(i)) for i in range(5)}
+    with ShardWriter(out, shard_bytes=128) as writer:  # two tensors each
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    files = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert entries(out) == [*files, INDEX_NAME]
+    index = read_json(out / INDEX_NAME)
+    assert index["metadata"] == {"total_size": 5 * 64}
+    assert index["weight_map"] == dict(
+        zip(tensors, [files[0], files[0], files[1], files[1], files[2]], strict=True)
+    )
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(out / file)[name], tensors[name])
+    assert SafetensorsCheckpoint(out).names() == set(tensors)
+
+
+def test_writes_tensors_of_any_layout(tmp_path: Path) -> None:
+    base = torch.arange(12.0).view(3, 4).requires_grad_()
+    with ShardWriter(tmp_path / "out") as writer:
+        writer.add("t", base.T)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["t"], base.detach().T)
+
+
+@pytest.mark.parametrize("kind", [ValueError, SalienceError, KeyboardInterrupt, SystemExit])
+def test_nothing_appears_on_an_error(tmp_path: Path, kind: type[BaseException]) -> None:
+    with pytest.raises(kind), ShardWriter(tmp_path / "out", shard_bytes=1) as writer:
+        writer.add("t", torch.zeros(4))
+        writer.write_json("config.json", {})
+        assert len(entries(writer.folder)) == 2
+        raise kind("stop")
+    assert entries(tmp_path) == []
+
+
+def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with ShardWriter(out) as writer:
+        writer.add("t", torch.zeros(4))
+    assert entries(out) == ["model.safetensors"]
+
+
+def test_an_empty_folder_stays_on_an_error(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(ValueError, match="stop"), ShardWriter(out):
+        raise ValueError("stop")
+    assert entries(tmp_path) == ["out"] and entries(out) == []
+
+
+def test_output_behind_a_link(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with ShardWriter(tmp_path / "link") as writer:
+        writer.add("t", torch.zeros(4))
+    assert (tmp_path / "link").is_symlink()
+    assert entries(tmp_path / "real") == ["model.safetensors"]
+    assert entries(tmp_path) == ["link", "real"]
+
+
+def test_output_is_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    with ShardWriter(Path()) as writer:
+        writer.add("t", torch.zeros(4))
+    assert entries(here) == ["model.safetensors"]
+    assert entries(tmp_path) == ["here"]
+
+
+def test_parents_are_made(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "a" / "b" / "out") as writer:
+        writer.add("t", torch.zeros(4))
+    assert entries(tmp_path / "a" / "b") == ["out"]
+
+
+def test_output_that_is_taken(tmp_path: Path) -> None:
+    folder, file = tmp_path / "folder", tmp_path / "file"
+    folder.mkdir()
+    (folder / "x").touch()
+    file.touch()
+    for out in (folder, file):
+        for refused in (lambda out=out: check_free(out), ShardWriter(out).__enter__):
+            refuse(refused, out, "exists and is not an empty folder")
+    refuse(ShardWriter(file / "below").__enter__, "cannot write to", file)
+    assert entries(tmp_path) == ["file", "folder"]
+    check_free(tmp_path / "new")
+
+
+def test_output_that_was_taken_meanwhile(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def late() -> None:
+        with ShardWriter(out) as writer:
+            writer.add("t", torch.zeros(4))
+            out.mkdir()
+            (out / "theirs").touch()
+
+    refuse(late, f"writing {out} failed")
+    assert entries(tmp_path) == ["out"] and entries(out) == ["theirs"]
+
+
+def test_output_with_a_name_no_disk_takes(tmp_path: Path) -> None:
+    refuse(ShardWriter(tmp_path / ("x" * 300)).__enter__, "File name too long")
+    assert entries(tmp_path) == []
+
+
+def test_output_that_is_a_mounted_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be renamed to: better said before the work than after it."""
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
+    refuse(lambda: check_free(tmp_path), "a disk is mounted at", tmp_path)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_modes_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    out = tmp_path / "out"
+    old = os.umask(umask)
+    try:
+        with ShardWriter(out, shard_bytes=1) as writer:
+            writer.add("a", torch.zeros(4))
+            writer.add("b", torch.zeros(4))
+            writer.write_json("config.json", {})
+    finally:
+        os.umask(old)
+    assert len(entries(out)) == 4
+    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {mode}
+    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from salience.checkpoint import ShardWriter
+from salience.errors import SalienceError
+
+step, out = sys.argv[1], Path(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+try:
+    with ShardWriter(out, shard_bytes=10_000 if step == "shard" else 2**20) as writer:
+        writer.add("small", torch.zeros(2500))  # 10 kB: fits
+        if step != "json":
+            writer.add("large", torch.zeros(10_000))
+        else:
+            writer.write_json("config.json", {"x": "y" * 40_000})
+except SalienceError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.parametrize("step", ["shard", "finish", "json"])
+def test_full_disk(tmp_path: Path, step: str) -> None:
+    """The limit on a file's size fails a write in the middle, as a full disk does."""
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, step, str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (2, "")
+    assert done.stdout.startswith(f"writing {out} failed: ")
+    assert len(done.stdout.splitlines()) == 1
+    assert entries(tmp_path) == []
+
+
+def test_disk_errors() -> None:
+    def fail() -> None:
+        with disk_errors(Path("out")):
+            raise OSError(28, "No space left on device")
+
+    refuse(fail, "writing out failed: [Errno 28] No space left on device")
+
+
+def test_check_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("salience.checkpoint.free_disk_bytes", lambda _path: 3 * 2**20)
+    check_disk(tmp_path, 3 * 2**20)
+    refuse(
+        lambda: check_disk(tmp_path, 5 * 2**20),
+        *(tmp_path, "has 3 MiB free and the checkpoint needs 5 MiB"),
+    )
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"null", b"\xff", b'{"a": 1} x'])
+def test_read_json_refuses(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "x.json"
+    path.write_bytes(text)
+    refuse(lambda: read_json(path), path)
+    refuse(lambda: read_json(tmp_path), tmp_path)
+    refuse(lambda: read_json(tmp_path / "no.json"), tmp_path / "no.json")

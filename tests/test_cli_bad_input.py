@@ -1,0 +1,542 @@
+"""The command on bad input: one clear line on stderr, exit 2, nothing half-written."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers_bad import QUICK, save_llama
+from salience.checkpoint import INDEX_NAME
+from salience.cli.app import main
+
+Run = Callable[..., str]
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="session")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("bad") / "llama")
+
+
+@pytest.fixture
+def model(pristine: Path, tmp_path: Path) -> Path:
+    """A good tiny model, to be broken."""
+    return Path(shutil.copytree(pristine, tmp_path / "llama"))
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """Where the checkpoint must not appear, in a folder of its own."""
+    (tmp_path / "results").mkdir()
+    return tmp_path / "results" / "out"
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], out: Path) -> Run:
+    """Run the command in this process; returns the one line it must end with."""
+
+    def run(*args: object, status: int = 2) -> str:
+        before = sorted(out.parent.rglob("*"))
+        monkeypatch.setattr(sys, "argv", ["salience", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        stdout, stderr = capfd.readouterr()
+        assert stderr.startswith("error: ") and stderr.endswith("\n")
+        assert stderr.count("\n") == 1
+        assert stdout == ""
+        assert stop.value.code == status
+        assert sorted(out.parent.rglob("*")) == before
+        return stderr
+
+    return run
+
+
+@pytest.fixture
+def quantize(refuse: Run, model: Path, out: Path) -> Run:
+    """`salience quantize` of the model, quick options first, refused."""
+    return lambda *args, **kw: refuse("quantize", model, "-o", out, *QUICK, *args, **kw)
+
+
+def edit_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text()) | changes
+    kept = {key: value for key, value in config.items() if value is not ...}
+    (model / "config.json").write_text(json.dumps(kept))
+
+
+def edit_weights(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    change(tensors)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+def test_the_model_is_good(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], model: Path, out: Path
+) -> None:
+    """What the tests below break does work; stderr off a terminal holds nothing at all."""
+    argv = ["salience", "quantize", str(model), "-o", str(out), *QUICK, "--json"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    stdout, stderr = capfd.readouterr()
+    assert (stop.value.code, stderr) == (0, "")
+    assert json.loads(stdout)["out"] == str(out)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+
+# Schemes.
+
+
+def test_group_size_that_does_not_divide(quantize: Run) -> None:
+    line = quantize("--scheme", "w4g128")
+    assert "group size 128 does not divide the 64 inputs of model.layers.0." in line
+    assert line.endswith("schemes that fit this model: w4g64, w4g32, w4g16\n")
+
+
+def test_group_size_is_refused_before_any_weight_is_read(quantize: Run, model: Path) -> None:
+    """The weights are not numbers, and nobody has looked."""
+    edit_weights(model, lambda tensors: tensors[WEIGHT].fill_(torch.nan))
+    assert "does not divide" in quantize("--scheme", "w4g48")
+    assert "not finite" in quantize()
+
+
+def test_no_group_size_fits(refuse: Run, tmp_path: Path, out: Path) -> None:
+    odd = save_llama(tmp_path / "odd", hidden_size=80, intermediate_size=88)
+    line = refuse("quantize", odd, "-o", out, "--scheme", "w4g32")
+    assert "schemes that fit this model: none of the usual ones" in line
+
+
+@pytest.mark.parametrize("scheme", ["w4", "int4", "w9g32", "w4g0", "", "w4g32 "])
+def test_unknown_scheme(quantize: Run, scheme: str) -> None:
+    assert f"scheme {scheme!r} is not understood" in quantize("--scheme", scheme)
+
+
+def test_scheme_the_format_does_not_hold(quantize: Run) -> None:
+    line = quantize("--format", "awq", "--scheme", "w3g32")
+    assert "--format awq holds 4-bit codes, not w3g32; use --scheme w4g32" in line
+    assert "w4channel does not fit linears of different widths" in quantize("--scheme", "w4channel")
+
+
+def test_outputs_that_the_format_cannot_pack(refuse: Run, tmp_path: Path, out: Path) -> None:
+    odd = save_llama(tmp_path / "odd", intermediate_size=132)
+    line = refuse("quantize", odd, "-o", out, *QUICK, "--scheme", "w4g4")
+    assert "packs 8 outputs a word and model.layers.0.mlp.gate_proj has 132" in line
+
+
+def test_plan_refuses_the_same(refuse: Run, model: Path) -> None:
+    assert "does not divide" in refuse("plan", model, "--scheme", "w4g128")
+    assert "w3g32" in refuse("plan", model, "--scheme", "w3g32")
+    edit_weights(model, lambda tensors: tensors.pop(WEIGHT))
+    assert WEIGHT in refuse("plan", model, "--scheme", "w4g32")
+
+
+# Files of the model.
+
+
+def test_model_that_does_not_exist(refuse: Run, tmp_path: Path, out: Path) -> None:
+    for name in (tmp_path / "nowhere", "nowhere", "./no/where", tmp_path / "nowhere.gguf"):
+        assert str(name) in refuse("quantize", name, "-o", out)
+        assert str(name) in refuse("inspect", name)
+        assert str(name) in refuse("chat", name, "--prompt", "hello")
+
+
+def test_model_that_is_a_file(refuse: Run, model: Path, out: Path) -> None:
+    line = refuse("quantize", model / "model.safetensors", "-o", out)
+    assert "neither a model folder nor a .gguf file" in line
+
+
+def test_folder_without_config(quantize: Run, model: Path) -> None:
+    (model / "config.json").unlink()
+    assert f"{model} has no config.json" in quantize()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '{"model_type": ', "\x00"])
+def test_garbage_config(quantize: Run, model: Path, text: str) -> None:
+    (model / "config.json").write_text(text)
+    assert str(model / "config.json") in quantize()
+
+
+def test_unknown_architecture(quantize: Run, model: Path) -> None:
+    edit_config(model, model_type="from_the_future")
+    assert "does not know the architecture 'from_the_future'" in quantize()
+    edit_config(model, model_type=...)
+    assert "has no model_type" in quantize()
+    edit_config(model, model_type="vit")  # known, and no language model
+    assert "AutoModelForCausalLM" in quantize()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": "abc"},
+        {"num_attention_heads": 0},
+        {"num_attention_heads": 7},
+        {"hidden_act": "nope"},
+        {"num_hidden_layers": 0},
+        {"model_type": ["llama"]},
+        {"dtype": "nope"},
+        {"quantization_config": [1]},
+    ],
+    ids=str,
+)
+def test_config_that_makes_no_model(quantize: Run, model: Path, changes: dict[str, Any]) -> None:
+    edit_config(model, **changes)
+    assert "Traceback" not in quantize()
+
+
+def test_remote_code_is_not_run(quantize: Run, model: Path, tmp_path: Path) -> None:
+    auto_map = {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}
+    edit_config(model, model_type="mine", auto_map=auto_map)
+    (model / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert f"{model} brings its own Python code; read it, then pass --trust-remote-code" in (
+        quantize()
+    )
+    assert not (tmp_path / "ran").exists()
+
+
+def test_missing_shard(quantize: Run, model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"model-1.safetensors": names[:9], "model-2.safetensors": names[9:]}
+    for file, part in shards.items():
+        save_file({name: tensors[name] for name in part}, model / file)
+    weight_map = {name: file for file, part in shards.items() for name in part}
+    (model / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    (model / "model-2.safetensors").unlink()
+    assert f"shard {model / 'model-2.safetensors'} is missing" in quantize()
+
+
+@pytest.mark.parametrize("length", [0, 5, 100, -1])
+def test_truncated_safetensors(quantize: Run, model: Path, length: int) -> None:
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    line = quantize()
+    assert f"{file} is truncated or no safetensors file" in line
+    assert "download it again" in line
+
+
+def test_unknown_dtype(quantize: Run, model: Path) -> None:
+    edit_weights(model, lambda t: t.update({WEIGHT: t[WEIGHT].to(torch.float8_e4m3fn)}))
+    assert f"tensor {WEIGHT} of {model / 'model.safetensors'} has dtype F8_E4M3" in quantize()
+
+
+@pytest.mark.parametrize("method", ["awq", "rtn"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", [WEIGHT, "model.norm.weight", "lm_head.weight"])
+def test_weights_that_are_not_finite(
+    quantize: Run, model: Path, method: str, value: float, name: str
+) -> None:
+    edit_weights(model, lambda tensors: tensors[name].flatten()[-1:].fill_(value))
+    line = quantize("--method", method)
+    assert f"tensor {name} of {model} has values that are not finite" in line
+
+
+@pytest.mark.parametrize("method", ["awq", "rtn"])
+def test_weights_that_fp16_does_not_hold(quantize: Run, model: Path, method: str) -> None:
+    edit_weights(model, lambda tensors: tensors["lm_head.weight"].mul_(1e8))
+    assert "tensor lm_head.weight overflows fp16" in quantize("--method", method)
+    edit_weights(model, lambda tensors: tensors[WEIGHT].mul_(1e9))
+    assert f"{WEIGHT.removesuffix('.weight')}: a group's range" in quantize("--method", method)
+
+
+def test_missing_tensor(quantize: Run, model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.pop(WEIGHT))
+    assert f"tensor {WEIGHT} is missing from {model}" in quantize()
+
+
+@pytest.mark.parametrize("method", ["awq", "rtn"])
+@pytest.mark.parametrize("changes", [{"intermediate_size": 192}, {"vocab_size": 300}], ids=str)
+def test_config_of_another_model(
+    quantize: Run, model: Path, method: str, changes: dict[str, Any]
+) -> None:
+    edit_config(model, **changes)
+    assert "the model wants [" in quantize("--method", method)
+
+
+def test_model_that_is_quantized_already(quantize: Run, model: Path) -> None:
+    config = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    edit_config(model, quantization_config=config)
+    assert "is quantized already" in quantize()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"version": "1.0"}'])
+def test_garbage_tokenizer(quantize: Run, model: Path, text: str) -> None:
+    (model / "tokenizer.json").write_text(text)
+    assert f"{model} has no usable tokenizer" in quantize()
+
+
+def test_no_tokenizer(quantize: Run, model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / "tokenizer_config.json").unlink()
+    assert f"{model} has no usable tokenizer" in quantize()
+
+
+def write_gguf(path: Path, arch: str) -> Path:
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_block_count(1)
+    writer.add_tensor("token_embd.weight", numpy.zeros((4, 32), numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf(refuse: Run, tmp_path: Path, out: Path) -> None:
+    path = write_gguf(tmp_path / "x.gguf", "from_the_future")
+    assert "from_the_future" in refuse("quantize", path, "-o", out)
+    data = path.read_bytes()
+    for bad in (data[:-1], data[:40], b"", b"not a GGUF file"):
+        path.write_bytes(bad)
+        assert f"{path} is truncated or no GGUF file" in refuse("quantize", path, "-o", out)
+
+
+# The output folder.
+
+
+def test_output_that_is_taken(quantize: Run, out: Path) -> None:
+    out.mkdir()
+    (out / "theirs").write_text("keep me")
+    assert f"output {out} exists and is not an empty folder" in quantize()
+    assert (out / "theirs").read_text() == "keep me"
+
+
+def test_output_that_is_a_file(quantize: Run, out: Path) -> None:
+    out.write_text("keep me")
+    assert f"output {out} exists and is not an empty folder" in quantize()
+    assert out.read_text() == "keep me"
+
+
+def test_output_below_a_file(refuse: Run, model: Path, out: Path) -> None:
+    out.write_text("keep me")
+    line = refuse("quantize", model, "-o", out / "deeper", *QUICK)
+    assert f"cannot write to {out}" in line
+
+
+def test_output_is_checked_first(refuse: Run, out: Path) -> None:
+    """Before anything is fetched from the Hub."""
+    out.write_text("keep me")
+    assert "exists" in refuse("quantize", "owner/model", "-o", out)
+
+
+def test_output_that_cannot_be_made(
+    quantize: Run, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(self: Path, *_args: object, **_kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "mkdir", denied)
+    assert f"cannot write to {out.parent}: Permission denied" in quantize()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_output_that_may_not_be_written(quantize: Run, out: Path) -> None:
+    out.parent.chmod(0o555)
+    try:
+        assert f"cannot write to {out.parent}: Permission denied" in quantize()
+    finally:
+        out.parent.chmod(0o755)
+
+
+def test_no_disk_space(quantize: Run, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(out.parent)._replace(free=1000)
+    monkeypatch.setattr("salience.machine.shutil.disk_usage", lambda _path: usage)
+    line = quantize()
+    assert f"the disk of {out} has 0 MiB free and the checkpoint needs" in line
+
+
+def test_plan_without_disk_space(
+    model: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A plan is no error: it says what is short, and exits with 3."""
+    usage = shutil.disk_usage(out.parent)._replace(free=1000)
+    monkeypatch.setattr("salience.machine.shutil.disk_usage", lambda _path: usage)
+    argv = ["salience", "plan", str(model), "--scheme", "w4g32", "-o", str(out), "--json"]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    stdout, stderr = capfd.readouterr()
+    assert (stop.value.code, stderr) == (3, "")
+    result = json.loads(stdout)
+    assert result["fits"] is False
+    assert any(f"the disk of {out} is short" in line for line in result["advice"])
+
+
+def test_disk_that_fills_up_at_the_last_files(
+    quantize: Run, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, data: bytes) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert f"writing {out} failed: [Errno 28] No space left on device" in quantize()
+
+
+# Calibration.
+
+
+def test_calibration_that_is_too_short(quantize: Run, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("0123456789")  # one token a byte
+    line = quantize("--calibration", text)
+    assert f"{text} has 10 tokens, 22 too few for 2 samples of 16" in line
+    text.write_text("")
+    assert "has 0 tokens, 32 too few" in quantize("--calibration", text)
+
+
+@pytest.mark.parametrize(
+    "second", ['{"words": "x"}', "[1]", "7", "null", "{", "plain text", '{"text": "x"'], ids=str
+)
+def test_jsonl_without_text(quantize: Run, tmp_path: Path, second: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f'{{"text": "a good row"}}\n{second}\n')
+    line = quantize("--calibration", path)
+    assert f'{path} line 2 is no JSON object with a "text"' in line
+
+
+def test_jsonl_that_is_no_text(quantize: Run, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xff\xfe\x00\n")
+    assert str(path) in quantize("--calibration", path)
+
+
+def test_calibration_that_is_no_file(quantize: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)  # as if it were not installed
+    line = quantize("--calibration", "no/such-text")
+    assert "no/such-text is no file; for a Hub dataset, pip install datasets" in line
+
+
+def test_calibration_that_the_hub_does_not_give(
+    quantize: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*_args: object, **_kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach 'no/such-text' on the Hub\nat all")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    line = quantize("--calibration", "no/such-text")
+    assert "no/such-text is no file and no dataset: Couldn't reach" in line
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_kwargs: [{"words": "x"}])
+    line = quantize("--calibration", "no/such-text")
+    assert 'dataset no/such-text has no "text" column' in line
+
+
+# Devices, kernels, texts and prompts.
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "meta", "nonsense", ""])
+def test_device(
+    quantize: Run, refuse: Run, model: Path, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for line in (
+        quantize("--device", device),
+        refuse("eval", model, "--device", device),
+        refuse("chat", model, "--prompt", "hello", "--device", device),
+        refuse("plan", model, "--scheme", "w4g32", "--device", device),
+    ):
+        assert f"device {device}" in line or f"device {device!r}" in line
+
+
+def test_kernel(refuse: Run, model: Path) -> None:
+    """Also for a float model, which needs none."""
+    for command in (("eval", model), ("chat", model, "--prompt", "hello")):
+        line = refuse(*command, "--kernel", "nonsense")
+        assert "there is no kernel 'nonsense'; use auto or one of" in line
+
+
+@pytest.mark.parametrize("prompt", ["", " \n\t"])
+def test_empty_prompt(refuse: Run, model: Path, prompt: str) -> None:
+    assert "the prompt is empty" in refuse("chat", model, "--prompt", prompt)
+
+
+def test_text_to_evaluate(refuse: Run, model: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    assert f"text {text} does not exist" in refuse("eval", model, "--text", text)
+    text.write_text("0123456789")
+    line = refuse("eval", model, "--text", text, "--context", 11)
+    assert "the text has 10 tokens, fewer than one chunk of 11" in line
+
+
+def test_checkpoint_that_is_not_read(refuse: Run, model: Path) -> None:
+    edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    for command in (("eval",), ("chat", "--prompt", "hello"), ("inspect",)):
+        line = refuse(command[0], model, *command[1:])
+        assert "'quant_method': 'gptq'" in line and "it reads awq" in line
+
+
+def test_generation_config_of_no_use(refuse: Run, model: Path) -> None:
+    (model / "generation_config.json").write_text("{")
+    line = refuse("chat", model, "--prompt", "hello")
+    assert str(model / "generation_config.json") in line
+
+
+def test_line_ends_in_names_stay_on_one_line(quantize: Run, model: Path) -> None:
+    (model / INDEX_NAME).write_text(json.dumps({"weight_map": {"a": "x\nerror: y.safetensors"}}))
+    assert "x error: y.safetensors is missing" in quantize()
+
+
+# The real command, in a process of its own.
+
+
+def run(*args: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "salience", *map(str, args)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        **options,
+    )
+
+
+def test_script(model: Path, out: Path) -> None:
+    script = Path(sys.executable).parent / "salience"
+    done = subprocess.run(
+        [str(script), "quantize", str(model), "-o", str(out)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: group size 128 does not divide")
+    assert done.stderr.count("\n") == 1
+    assert list(out.parent.iterdir()) == []
+
+
+def test_full_disk_in_a_process(model: Path, out: Path) -> None:
+    """The limit on a file's size fails the write of the weights."""
+    limit = (50_000, 50_000)
+    done = run(
+        *("quantize", model, "-o", out, *QUICK),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
+    )
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"error: writing {out} failed: ")
+    assert done.stderr.count("\n") == 1
+    assert list(out.parent.iterdir()) == []
+
+
+def test_no_warnings_beside_the_error(model: Path, out: Path) -> None:
+    """Transformers warns of this config before it fails."""
+    edit_config(model, rope_parameters={"rope_type": "nope", "rope_theta": 10000.0})
+    done = run("quantize", model, "-o", out, *QUICK)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert list(out.parent.iterdir()) == []

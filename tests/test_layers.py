@@ -1,0 +1,142 @@
+"""A module imports only from lower layers, and each heavy package has its own few files."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import salience
+
+ROOT = Path(salience.__file__).parent
+
+# The tens are the layer of the design; the units order the files inside a package.
+LAYERS = {
+    "salience": 0,
+    "salience.errors": 0,
+    "salience.machine": 0,
+    "salience.scheme": 1,
+    "salience.qtensor": 2,
+    "salience.grid": 10,
+    "salience.packing": 10,
+    "salience.checkpoint": 10,
+    "salience.source": 20,
+    "salience.kernels._reference": 20,
+    "salience.kernels.cpu": 20,
+    "salience.kernels": 21,
+    "salience.formats.base": 20,
+    "salience.formats.autoawq": 20,
+    "salience.formats": 21,
+    "salience.linear": 30,
+    "salience.structure": 30,
+    "salience.stats": 30,
+    "salience.calibration": 30,
+    "salience.methods.base": 40,
+    "salience.methods.awq": 41,
+    "salience.methods.rtn": 41,
+    "salience.methods": 42,
+    "salience.inspection": 50,
+    "salience.loading": 50,
+    "salience.plan": 50,
+    "salience.report": 50,
+    "salience.pipeline": 60,
+    "salience.chat": 70,
+    "salience.chat.reply": 70,
+    "salience.evaluation": 70,
+    "salience.evaluation.perplexity": 70,
+    "salience.cli.console": 80,
+    "salience.cli.app": 81,
+    "salience.cli": 82,
+    "salience.__main__": 83,
+}
+
+# Who may import what is heavy or optional. A package named here is imported nowhere else.
+WRAPPERS = {
+    "transformers": {"salience.source", "salience.loading", "salience.chat.reply"},
+    "accelerate": {"salience.source"},
+    "huggingface_hub": {"salience.source"},
+    "gguf": {"salience.checkpoint"},
+    "datasets": {"salience.calibration"},
+    "rich": {"salience.cli.app", "salience.cli.console"},
+    "typer": {"salience.cli.app"},
+    "triton": set(),
+    "ray": set(),
+    "fastapi": set(),
+    "lm_eval": set(),
+}
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def walk(node: ast.AST) -> Iterator[ast.AST]:
+    """All nodes that run: what is under `if TYPE_CHECKING` does not."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield from walk(child)
+
+
+def imports(source: str) -> set[str]:
+    """Full names of the modules a source imports, those inside functions included."""
+    found = set()
+    for node in walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"relative import at line {node.lineno}"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in MODULES else str(node.module))
+    return found
+
+
+def test_every_module_has_a_layer() -> None:
+    missing = sorted(set(MODULES) - set(LAYERS))
+    assert not missing, f"give {missing} a layer in LAYERS of {Path(__file__).name}"
+    assert not set(LAYERS) - set(MODULES), "LAYERS names modules that are gone"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_only_lower_layers(name: str) -> None:
+    own = {other for other in imports(MODULES[name].read_text()) if other.startswith("salience")}
+    unknown = own - set(LAYERS)
+    assert not unknown, f"{name} imports {unknown}, which no layer holds"
+    wrong = {other for other in own if LAYERS[other] >= LAYERS[name]}
+    assert not wrong, f"{name} (layer {LAYERS[name]}) imports {wrong}, which are not below it"
+
+
+@pytest.mark.parametrize("package", WRAPPERS)
+def test_heavy_packages_are_wrapped(package: str) -> None:
+    users = {
+        name
+        for name, path in MODULES.items()
+        if any(other.split(".")[0] == package for other in imports(path.read_text()))
+    }
+    assert users == WRAPPERS[package]
+
+
+def test_the_walk_sees_all_kinds_of_imports() -> None:
+    source = """
+import torch
+from salience import grid, nothing
+from salience.loading import load
+if TYPE_CHECKING:
+    import ray
+def f():
+    import gguf.quants
+    from transformers.models import auto
+"""
+    assert imports(source) == {
+        "torch",
+        "salience",
+        "salience.grid",
+        "salience.loading",
+        "gguf.quants",
+        "transformers.models",
+    }

@@ -1,0 +1,121 @@
+"""QuantLinear against the dense linear it stands for."""
+
+import pytest
+import torch
+from torch import nn
+
+from salience import grid
+from salience.errors import SalienceError
+from salience.linear import QuantLinear
+from salience.qtensor import QTensor
+from salience.scheme import Scheme
+
+
+def make(scheme: str = "w4g32", rows: int = 32, columns: int = 64) -> QTensor:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) / 8
+    return grid.quantize(weight, Scheme.parse(scheme))
+
+
+def dense(qt: QTensor, bias: torch.Tensor | None) -> nn.Linear:
+    linear = nn.Linear(qt.in_features, qt.out_features, bias is not None)
+    linear.weight = nn.Parameter(qt.dequantize(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.float(), requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize("shape", [(64,), (3, 64), (2, 3, 64), (100, 64)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kernel", ["reference", "cpu_int4", "auto"])
+def test_agrees_with_dense(shape: tuple[int, ...], with_bias: bool, kernel: str) -> None:
+    qt = make()
+    bias = torch.randn(32).half() if with_bias else None
+    x = torch.randn(shape)
+    y, want = QuantLinear(qt, bias, kernel)(x), dense(qt, bias)(x)
+    assert y.shape == want.shape and y.dtype == torch.float32
+    tolerance = 1e-5 if kernel == "reference" else 1e-2
+    assert (y - want).norm() <= tolerance * want.norm()
+
+
+@pytest.mark.parametrize("scheme", ["w2g16", "w3g32", "w4g64-sym", "w4channel", "w8g32"])
+def test_schemes(scheme: str) -> None:
+    qt = make(scheme)
+    x = torch.randn(3, 64)
+    y, want = QuantLinear(qt)(x), dense(qt, None)(x)
+    assert (y - want).norm() <= 1e-2 * want.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_result_has_the_dtype_of_x(dtype: torch.dtype) -> None:
+    """Also with a bias of another."""
+    assert QuantLinear(make(), torch.randn(32))(torch.randn(2, 64, dtype=dtype)).dtype == dtype
+
+
+def test_bias_is_added() -> None:
+    bias = torch.randn(32)
+    y = QuantLinear(make(), bias)(torch.zeros(2, 64))
+    torch.testing.assert_close(y, bias.expand(2, 32))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_compiles_without_a_break(with_bias: bool) -> None:
+    linear = QuantLinear(make(), torch.randn(32) if with_bias else None)
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    for tokens in (1, 5):
+        x = torch.randn(2, tokens, 64)
+        assert torch.equal(compiled(x), linear(x))
+
+
+def test_state_is_packed() -> None:
+    """What stays is the packed weight and the bias, none of it trained."""
+    qt = make()
+    linear = QuantLinear(qt, torch.randn(32), kernel="reference")
+    assert list(linear.parameters()) == []
+    buffers = dict(linear.named_buffers())
+    assert set(buffers) == {"packed_0", "packed_1", "packed_2", "bias"}
+    assert buffers["packed_0"].shape == (32, 64 // 8)
+    assert buffers["packed_0"].dtype == torch.int32
+    assert set(linear.state_dict()) == set(buffers)
+    packed = sum(buffers[name].nbytes for name in buffers if name != "bias")
+    assert packed == 32 * 64 // 2 + 32 * 2 * (2 + 1)
+
+
+def test_state_round_trip() -> None:
+    first, second = QuantLinear(make(), torch.randn(32)), QuantLinear(make(), torch.zeros(32))
+    second.load_state_dict(first.state_dict())
+    x = torch.randn(3, 64)
+    assert torch.equal(first(x), second(x))
+
+
+def test_moves_to_another_device() -> None:
+    linear = QuantLinear(make(), torch.randn(32), "reference").to("meta")
+    assert all(buffer.is_meta for buffer in linear.buffers())
+    assert linear(torch.empty(2, 64, device="meta")).shape == (2, 32)
+
+
+def test_no_bias() -> None:
+    linear = QuantLinear(make())
+    assert linear.bias is None
+    assert "bias" not in linear.state_dict()
+
+
+def test_describes_itself() -> None:
+    assert "64, 32, w4g32, kernel=cpu_int4" in repr(QuantLinear(make()))
+    assert QuantLinear(make("w3g32")).kernel == "reference"
+
+
+def test_kernel_that_does_not_fit() -> None:
+    with pytest.raises(SalienceError, match=r"cpu_int4 does not support w3g32 \[32, 64\] on cpu"):
+        QuantLinear(make("w3g32"), kernel="cpu_int4")
+    with pytest.raises(SalienceError, match="there is no kernel 'nonsense'"):
+        QuantLinear(make(), kernel="nonsense")
+
+
+def test_activation_order_takes_the_kernel_that_can() -> None:
+    qt = make()
+    g_idx = (torch.arange(64) % 2).int()
+    moved = QTensor(qt.q, qt.scales, qt.zeros, qt.scheme, g_idx)
+    linear = QuantLinear(moved)
+    x = torch.randn(3, 64)
+    want = x @ moved.dequantize().T
+    assert (linear(x) - want).norm() <= 1e-5 * want.norm()

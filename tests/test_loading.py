@@ -1,0 +1,271 @@
+"""load(): the model that Transformers makes, packed weights only, errors that name the tensor."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaModel, Qwen2Config
+
+import salience
+from salience.calibration import Calibration
+from salience.errors import SalienceError
+from salience.linear import QuantLinear
+from salience.loading import resolve_device
+from tiny_models import VOCABULARY, error, llama_config, logits, make_model, save
+
+QWEN2 = Qwen2Config(
+    vocab_size=VOCABULARY,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+    eos_token_id=0,
+)
+# sqrt(96) is no bf16 number: a buffer computed in the wrong dtype shows.
+GEMMA3 = Gemma3TextConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=96,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    sliding_window=8,
+    layer_types=["sliding_attention", "full_attention"],
+    eos_token_id=0,
+    pad_token_id=None,
+)
+CONFIGS = {"llama": llama_config(), "qwen2 (tied, biases)": QWEN2, "gemma3": GEMMA3}
+
+
+@pytest.fixture(scope="module")
+def calibration(text_file: Path) -> Calibration:
+    return Calibration(str(text_file), samples=2, seqlen=64)
+
+
+@pytest.fixture(scope="module")
+def quantized(
+    llama: Path, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("load") / "out"
+    salience.quantize(str(llama), out, scheme="w4g32", calibration=calibration)
+    return out
+
+
+@pytest.fixture(scope="module")
+def quantized_qwen2(calibration: Calibration, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("qwen2")
+    save(make_model(QWEN2), folder / "in")
+    salience.quantize(str(folder / "in"), folder / "out", scheme="w4g32", calibration=calibration)
+    return folder / "out"
+
+
+def edited(folder: Path, out: Path, change: Callable[[dict[str, Tensor]], object]) -> Path:
+    """A copy of a checkpoint with its tensors changed."""
+    shutil.copytree(folder, out)
+    tensors = load_file(out / "model.safetensors")
+    change(tensors)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_equals_transformers(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save(make_model(CONFIGS[name]).bfloat16(), tmp_path / "in")
+    ours = salience.load(tmp_path / "in", dtype=dtype)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "in", dtype=dtype).eval()
+    assert torch.equal(logits(ours), logits(theirs))
+    assert not ours.training and ours.dtype == dtype
+    assert all(not p.requires_grad and p.device.type == "cpu" for p in ours.parameters())
+    state = theirs.state_dict()
+    assert ours.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
+
+
+def test_default_dtype_on_a_cpu_is_fp32(tmp_path: Path) -> None:
+    save(make_model(llama_config()).half(), tmp_path / "in")
+    model = salience.load(tmp_path / "in")
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.config.dtype == torch.float32
+
+
+def test_tied_and_untied_heads(llama: Path, quantized: Path, quantized_qwen2: Path) -> None:
+    for folder, tied in ((llama, False), (quantized, False), (quantized_qwen2, True)):
+        model = salience.load(folder)
+        same = model.lm_head.weight is model.get_input_embeddings().weight
+        assert same == tied
+        assert not model.lm_head.weight.is_meta
+        assert isinstance(model.lm_head, nn.Linear)
+
+
+def test_sharded(tmp_path: Path) -> None:
+    model = make_model(llama_config())
+    save(model, tmp_path / "in", max_shard_size="100KB")
+    assert len(list((tmp_path / "in").glob("*.safetensors"))) > 2
+    assert torch.equal(logits(salience.load(tmp_path / "in")), logits(model))
+
+
+def test_names_without_the_prefix(tmp_path: Path) -> None:
+    """A checkpoint saved from the bare decoder, its head tied."""
+    model = make_model(llama_config(tie_word_embeddings=True))
+    bare = LlamaModel(model.config)
+    bare.load_state_dict(model.model.state_dict())
+    save(bare, tmp_path / "in")
+    assert "norm.weight" in load_file(tmp_path / "in" / "model.safetensors")
+    assert torch.equal(logits(salience.load(tmp_path / "in")), logits(model))
+
+
+def test_biases_of_quantized_linears(quantized_qwen2: Path, tmp_path: Path) -> None:
+    model = salience.load(quantized_qwen2)
+    stored = load_file(quantized_qwen2 / "model.safetensors")
+    layer = model.model.layers[1].self_attn.q_proj
+    assert isinstance(layer, QuantLinear)
+    name = "model.layers.1.self_attn.q_proj.bias"
+    assert torch.equal(layer.bias.float(), stored[name].float()) and layer.bias.any()
+    assert model.model.layers[1].self_attn.o_proj.bias is None
+    silent = edited(quantized_qwen2, tmp_path / "out", lambda t: t[name].zero_())
+    assert error(logits(salience.load(silent)), logits(model)) > 1e-3
+
+
+def test_holds_packed_weights_only(quantized: Path) -> None:
+    model = salience.load(quantized, kernel="reference")
+    packed = {n: m for n, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert len(packed) == 21
+    for module in packed.values():
+        rows, columns = module.out_features, module.in_features
+        held = sum(buffer.nbytes for buffer in module.buffers())
+        assert held == rows * columns // 2 + rows * (columns // 32) * (2 + 1)
+        assert not list(module.parameters())
+    assert {type(m) for m in model.model.layers.modules()}.isdisjoint({nn.Linear})
+    floats = {name for name, _ in model.named_parameters()}
+    assert floats == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"} | {
+        f"model.layers.{i}.{norm}.weight"
+        for i in range(3)
+        for norm in ("input_layernorm", "post_attention_layernorm")
+    }
+
+
+def test_kernels(quantized: Path) -> None:
+    exact = logits(salience.load(quantized, kernel="reference"))
+    for kernel in ("auto", "cpu_int4"):
+        model = salience.load(quantized, kernel=kernel)
+        assert {m.kernel for m in model.modules() if isinstance(m, QuantLinear)} == {"cpu_int4"}
+        assert 0 < error(logits(model), exact) < 5e-2
+    with pytest.raises(SalienceError, match="there is no kernel 'marlin'"):
+        salience.load(quantized, kernel="marlin")
+
+
+def test_dtype_of_quantized(quantized: Path) -> None:
+    model = salience.load(quantized, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    found = logits(model)
+    assert found.dtype == torch.bfloat16
+    assert error(found, logits(salience.load(quantized))) < 0.1
+
+
+def test_generation_config(quantized: Path, tmp_path: Path) -> None:
+    shutil.copytree(quantized, tmp_path / "out")
+    path = tmp_path / "out" / "generation_config.json"
+    path.write_text(json.dumps({"eos_token_id": [0, 7], "temperature": 0.25, "do_sample": True}))
+    config = salience.load(tmp_path / "out").generation_config
+    assert (config.eos_token_id, config.temperature) == ([0, 7], 0.25)
+    path.unlink()
+    assert salience.load(tmp_path / "out").generation_config.eos_token_id == 0
+
+
+UP = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop("model.norm.weight"), r"tensor model\.norm\.weight is missing"),
+        (lambda t: t.pop("lm_head.weight"), r"tensor lm_head\.weight is missing"),
+        (lambda t: t.pop(f"{UP}.qzeros"), rf"tensor {UP}\.qzeros is missing"),
+        (
+            lambda t: [t.pop(f"{UP}.{part}") for part in ("qweight", "qzeros", "scales")],
+            rf"tensor {UP}\.weight is missing",
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(32)}),
+            r"tensor model\.norm\.weight of .* is \[32\], the model wants \[64\]",
+        ),
+        (
+            lambda t: t.update({f"{UP}.scales": t[f"{UP}.scales"][:1].clone()}),
+            rf"linear {UP} of .*: scales must be \[128, 2\], not \[128, 1\]",
+        ),
+        (
+            lambda t: t.update({f"{UP}.qweight": t[f"{UP}.qweight"].float()}),
+            rf"linear {UP} of .*int32",
+        ),
+        (
+            lambda t: t.update(
+                {f"{UP}.{p}": t[f"{UP.replace('up', 'down')}.{p}"].clone()
+                 for p in ("qweight", "qzeros", "scales")}
+            ),
+            rf"linear {UP} of .* holds \[64, 128\], the model wants \[128, 64\]",
+        ),
+        (
+            lambda t: t.update({"model.layers.9.mlp.up_proj.qweight": t[f"{UP}.qweight"].clone()}),
+            r"tensor model\.layers\.9\.mlp\.up_proj\.qweight of .* belongs to no linear",
+        ),
+    ],
+)  # fmt: skip
+def test_damaged_checkpoints(
+    change: Callable[[dict[str, Tensor]], object], message: str, quantized: Path, tmp_path: Path
+) -> None:
+    broken = edited(quantized, tmp_path / "broken", change)
+    with pytest.raises(SalienceError, match=message):
+        salience.load(broken)
+
+
+def test_missing_bias(quantized_qwen2: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.k_proj.bias"
+    broken = edited(quantized_qwen2, tmp_path / "broken", lambda t: t.pop(name))
+    with pytest.raises(SalienceError, match=f"tensor {name} is missing"):
+        salience.load(broken)
+
+
+def test_bias_of_the_wrong_shape(quantized_qwen2: Path, tmp_path: Path) -> None:
+    name = "model.layers.0.self_attn.k_proj.bias"
+    broken = edited(
+        quantized_qwen2, tmp_path / "broken", lambda t: t.update({name: torch.ones(1).half()})
+    )
+    with pytest.raises(SalienceError, match=rf"tensor {name} of .* is \[1\], .* \[32\]"):
+        salience.load(broken)
+
+
+def test_formats_that_are_not_read(quantized: Path, tmp_path: Path) -> None:
+    shutil.copytree(quantized, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    config["quantization_config"]["version"] = "gemv"
+    path.write_text(json.dumps(config))
+    with pytest.raises(SalienceError, match=r"'gemv'.* is not one this version reads"):
+        salience.load(tmp_path / "out")
+
+
+def test_resolve_device() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    if not torch.cuda.is_available():
+        assert resolve_device("auto") == torch.device("cpu")
+        with pytest.raises(SalienceError, match="device cuda is not on this machine"):
+            resolve_device("cuda")
+    with pytest.raises(SalienceError, match="'chip' is not understood"):
+        resolve_device("chip")
+
+
+def test_the_public_name_stays_a_function(llama: Path) -> None:
+    """A submodule of the same name would take its place once it is imported."""
+    assert callable(salience.load) and callable(salience.load)
+    salience.load(llama)
+    assert callable(salience.load)

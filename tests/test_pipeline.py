@@ -1,0 +1,609 @@
+"""quantize() on tiny models: what it writes, what it reports, and that it keeps the function."""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    FalconConfig,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    PhiConfig,
+    Qwen2Config,
+)
+
+import salience
+from salience import pipeline
+from salience.calibration import Calibration
+from salience.errors import SalienceError
+from salience.formats import AutoAwq
+from salience.report import Report
+from tiny_models import (
+    VOCABULARY,
+    error,
+    llama_config,
+    logits,
+    make_model,
+    make_tokenizer,
+    random_tokens,
+    save,
+)
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def calibration(text_file: Path) -> Calibration:
+    return Calibration(str(text_file), samples=4, seqlen=64)
+
+
+@pytest.fixture(scope="module")
+def awq(
+    llama: Path, calibration: Calibration, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Report]:
+    out = tmp_path_factory.mktemp("awq") / "w4g32"
+    report = salience.quantize(str(llama), out, scheme="w4g32", calibration=calibration)
+    return out, report
+
+
+def dequantized(folder: Path) -> dict[str, Tensor]:
+    """The checkpoint of a quantized folder as a dense fp32 state dict."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    fmt = AutoAwq()
+    stored = load_file(folder / "model.safetensors")
+    dense = {}
+    for name, tensor in stored.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf not in fmt.tensors:
+            dense[name] = tensor.float()
+        elif leaf == "qweight":
+            parts = {key: stored[f"{owner}.{key}"] for key in fmt.tensors}
+            dense[f"{owner}.weight"] = fmt.read(parts, fmt.scheme(config, owner)).dequantize()
+    return dense
+
+
+def same_files(a: Path, b: Path) -> None:
+    names = sorted(path.name for path in a.iterdir())
+    assert names == sorted(path.name for path in b.iterdir())
+    for name in set(names) - {"salience_report.json"}:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_folder_is_complete(awq: tuple[Path, Report], llama: Path) -> None:
+    out, _ = awq
+    assert {path.name for path in out.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+        "salience_report.json",
+    }
+    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+        assert (out / name).read_bytes() == (llama / name).read_bytes()
+    config = json.loads((out / "config.json").read_text())
+    assert config["quantization_config"] == {
+        "quant_method": "awq",
+        "zero_point": True,
+        "group_size": 32,
+        "bits": 4,
+        "version": "gemm",
+        "modules_to_not_convert": None,
+    }
+    source = json.loads((llama / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    assert kept == {**source, "dtype": "float16"}
+    assert [path.name for path in out.parent.iterdir()] == [out.name]  # no temporary folder left
+
+
+def test_tensors(awq: tuple[Path, Report], llama: Path) -> None:
+    stored = load_file(awq[0] / "model.safetensors")
+    source = load_file(llama / "model.safetensors")
+    linears = {name for name in source if ".layers." in name and "norm" not in name}
+    expected = set(source) - linears
+    for name in linears:
+        owner = name.removesuffix(".weight")
+        expected |= {f"{owner}.{part}" for part in ("qweight", "qzeros", "scales")}
+    assert set(stored) == expected
+    for name in set(source) - linears:
+        assert stored[name].dtype == torch.float16
+    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert torch.equal(stored[name], source[name].half())
+    rows, columns = source["model.layers.0.mlp.down_proj.weight"].shape
+    owner = "model.layers.0.mlp.down_proj"
+    assert stored[f"{owner}.qweight"].shape == (columns, rows // 8)
+    assert stored[f"{owner}.qzeros"].shape == (columns // 32, rows // 8)
+    assert stored[f"{owner}.scales"].shape == (columns // 32, rows)
+
+
+def test_report(awq: tuple[Path, Report], llama: Path, text_file: Path) -> None:
+    out, report = awq
+    assert json.loads((out / "salience_report.json").read_text()) == asdict(report)
+    assert (report.model, report.out, report.method, report.scheme, report.format) == (
+        str(llama),
+        str(out),
+        "awq",
+        "w4g32",
+        "awq",
+    )
+    assert report.calibration == {
+        "text": str(text_file),
+        "samples": 4,
+        "seqlen": 64,
+        "seed": 0,
+        "tokens": 256,
+    }
+    assert report.bits_per_weight == 4 + 20 / 32
+    assert report.kept_modules == ["lm_head"]
+    assert {"statistics", "structure", "search", "write"} == set(report.phase_seconds)
+    assert 0 < sum(report.phase_seconds.values()) <= report.seconds
+    assert report.peak_rss_bytes > 2**20
+    assert len(report.linears) == 21 and len({linear.name for linear in report.linears}) == 21
+    assert [fold["prev"] for fold in report.folds] == [
+        "input_layernorm",
+        "self_attn.v_proj",
+        "post_attention_layernorm",
+        "mlp.up_proj",
+    ]
+    assert all(fold["error"] < 1e-5 for fold in report.folds)
+    assert report.error == pytest.approx(sum(linear.error for linear in report.linears) / 21)
+    assert report.error_rtn == pytest.approx(
+        sum(linear.error_rtn for linear in report.linears) / 21
+    )
+
+
+def test_never_worse_than_plain_rounding(awq: tuple[Path, Report]) -> None:
+    _, report = awq
+    for linear in report.linears:
+        assert linear.error <= linear.error_rtn * (1 + 1e-6), linear.name
+        assert linear.kept_rtn or linear.error < linear.error_rtn
+    assert report.error < 0.8 * report.error_rtn  # there was something to gain
+    assert any(linear.alpha > 0 for linear in report.linears)
+    assert any(linear.clip < 1 for linear in report.linears)
+
+
+def test_reported_error_is_that_of_the_files(awq: tuple[Path, Report], llama: Path) -> None:
+    """Undo the scales of the first norm by its stored weight, and measure against the source."""
+    out, report = awq
+    source, dense = load_file(llama / "model.safetensors"), dequantized(out)
+    norm = "model.layers.0.input_layernorm.weight"
+    scales = source[norm].double() / dense[norm].double()
+    weight = source["model.layers.0.self_attn.q_proj.weight"].double()
+    written = dense["model.layers.0.self_attn.q_proj.weight"].double() / scales
+    model = salience.load(llama)
+    tokens = Calibration(report.calibration["text"], 4, 64).tokens(make_tokenizer())  # type: ignore[index]
+    with torch.no_grad():
+        layer = model.model.layers[0]
+        x = layer.input_layernorm(model.model.embed_tokens(tokens)).flatten(0, 1).double()
+    found = ((x @ (written - weight).T).square().sum() / (x @ weight.T).square().sum()).item()
+    # The norm is stored in fp16, so the scales read back from it are not quite those used.
+    expected = next(m for m in report.linears if m.name.endswith("layers.0.self_attn.q_proj"))
+    assert found == pytest.approx(expected.error, rel=0.05)
+
+
+def test_same_inputs_same_bytes(
+    awq: tuple[Path, Report], llama: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    out = tmp_path / "again"
+    salience.quantize(str(llama), str(out), scheme="w4g32", calibration=calibration)
+    same_files(awq[0], out)
+
+
+def test_another_text_other_bytes(awq: tuple[Path, Report], llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("0123456789 " * 400)
+    other = Calibration(str(text), samples=4, seqlen=64)
+    salience.quantize(str(llama), tmp_path / "out", scheme="w4g32", calibration=other)
+    a, b = (load_file(f / "model.safetensors") for f in (awq[0], tmp_path / "out"))
+    assert any(not torch.equal(a[name], b[name]) for name in a)
+
+
+def test_loads_as_the_dequantized_model(awq: tuple[Path, Report], llama: Path) -> None:
+    out, _ = awq
+    dense = LlamaForCausalLM(llama_config()).eval()
+    dense.load_state_dict(dequantized(out))
+    found = logits(salience.load(out, kernel="reference"))
+    assert error(found, logits(dense)) < 1e-5
+    assert error(found, logits(salience.load(llama))) < 0.5
+
+
+def test_awq_is_closer_than_rtn(awq: tuple[Path, Report], llama: Path, tmp_path: Path) -> None:
+    report = salience.quantize(str(llama), tmp_path / "rtn", method="rtn", scheme="w4g32")
+    assert report.calibration is None
+    assert report.folds == []
+    assert all(linear.alpha == 0 and linear.clip == 1 for linear in report.linears)
+    assert all(linear.error == pytest.approx(linear.error_rtn) for linear in report.linears)
+    tokens, float_logits = random_tokens(4, 64, seed=5), salience.load(llama)
+    reference = logits(float_logits, tokens)
+    errors = [
+        error(logits(salience.load(folder, kernel="reference"), tokens), reference)
+        for folder in (awq[0], tmp_path / "rtn")
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_rtn_weights_are_the_rounded_source(llama: Path, tmp_path: Path) -> None:
+    salience.quantize(str(llama), tmp_path / "rtn", method="rtn", scheme="w4g32")
+    dense, source = dequantized(tmp_path / "rtn"), load_file(llama / "model.safetensors")
+    for name, weight in source.items():
+        if ".layers." in name and "norm" not in name:
+            groups = weight.unflatten(1, (-1, 32))
+            step = (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)) / 15
+            away = (dense[name] - weight).abs().unflatten(1, (-1, 32))
+            # Half a step, a whole one at the ends where the zero was rounded.
+            assert (away <= step[..., None] * 1.01).all()
+            assert (away > step[..., None] * 0.51).float().mean() < 0.05
+
+
+def folded_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have quantize() write the folded float weights and leave the codes out."""
+
+    def write_block(_job: Any, writer: Any, block: Any, name: str, _coded: Any) -> None:
+        for local, parameter in block.named_parameters():
+            writer.add(f"{name}.{local}", parameter)
+
+    def config(job: Any) -> dict[str, Any]:
+        values: dict[str, Any] = json.loads((job.source.path / "config.json").read_text())
+        return values
+
+    monkeypatch.setattr(pipeline, "_write_block", write_block)
+    monkeypatch.setattr(pipeline, "_config", config)
+    monkeypatch.setattr(pipeline, "_half", lambda tensor, _name: tensor)
+
+
+ARCHITECTURES: dict[str, Callable[[], Any]] = {
+    "llama": llama_config,
+    "llama-tied": lambda: llama_config(tie_word_embeddings=True),
+    "qwen2": lambda: Qwen2Config(**SIZES, num_key_value_heads=2),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "phi": lambda: PhiConfig(**SIZES),
+    # Layer norms, biases, ReLU: the up projection is folded into the down projection.
+    "opt": lambda: OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        ffn_dim=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        word_embed_proj_dim=64,
+    ),
+    # Blocks that return tuples, more of them than a tensor has dimensions.
+    "falcon": lambda: FalconConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        bos_token_id=None,
+        eos_token_id=0,
+    ),
+    # A stored buffer in each block scales its output.
+    "gemma4": lambda: Gemma4TextConfig(
+        **SIZES,
+        num_key_value_heads=2,
+        head_dim=16,
+        global_head_dim=16,
+        sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"],
+        vocab_size_per_layer_input=VOCABULARY,
+        hidden_size_per_layer_input=16,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_folds_keep_the_function(
+    name: str, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folded copy, its weights not rounded, is the same model for other tokens too."""
+    model = make_model(ARCHITECTURES[name]())
+    for key, buffer in model.named_buffers():
+        if key.endswith("layer_scalar"):
+            buffer.fill_(0.3)
+    source = save(model, tmp_path / "source")
+    folded_only(monkeypatch)
+    report = salience.quantize(
+        str(source), tmp_path / "out", scheme="w4g16", calibration=calibration
+    )
+    assert sum(linear.alpha > 0 for linear in report.linears) >= 2
+    tokens = random_tokens(3, 40, seed=7)
+    folded = salience.load(tmp_path / "out")
+    assert error(logits(folded, tokens), logits(model, tokens)) < 1e-5
+
+
+def test_stored_buffers_are_kept(calibration: Calibration, tmp_path: Path) -> None:
+    model = make_model(ARCHITECTURES["gemma4"]())
+    for key, buffer in model.named_buffers():
+        if key.endswith("layer_scalar"):
+            buffer.fill_(0.3)
+    source = save(model, tmp_path / "source")
+    for method in ("awq", "rtn"):
+        out = tmp_path / method
+        salience.quantize(str(source), out, method=method, scheme="w4g16", calibration=calibration)
+        quantized = salience.load(out)
+        assert quantized.model.layers[1].layer_scalar.item() == pytest.approx(0.3)
+
+
+def test_other_architectures_load_again(calibration: Calibration, tmp_path: Path) -> None:
+    for name in ("qwen2", "falcon", "llama-tied"):
+        model = make_model(ARCHITECTURES[name]())
+        source = save(model, tmp_path / name)
+        out = tmp_path / f"{name}-q"
+        report = salience.quantize(str(source), out, scheme="w4g16", calibration=calibration)
+        stored = load_file(out / "model.safetensors")
+        assert ("lm_head.weight" in stored) == (not model.config.tie_word_embeddings)
+        assert report.error < report.error_rtn
+        assert error(logits(salience.load(out)), logits(model)) < 0.5
+
+
+def test_progress(llama: Path, calibration: Calibration, tmp_path: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    salience.quantize(
+        str(llama),
+        tmp_path / "out",
+        scheme="w4g32",
+        calibration=calibration,
+        progress=lambda *call: calls.append(call),
+    )
+    assert calls == [("block", done, 3) for done in range(4)]
+
+
+@pytest.mark.parametrize("step", ["_code", "_write_rest", "_discover", "_config"])
+def test_a_failure_leaves_nothing(
+    step: str,
+    llama: Path,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    right, calls = getattr(pipeline, step), []
+
+    def fail_second(*args: Any) -> Any:
+        calls.append(args)
+        if step == "_code" and len(calls) < 5:
+            return right(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, step, fail_second)
+    if step == "_code":
+        monkeypatch.setattr(pipeline, "SHARD_BYTES", 1)  # so that files were written before
+    out = tmp_path / "deep" / "out"
+    config = {"scheme": "w4g32", "calibration": calibration}
+    if step == "_code":
+        source = save(make_model(llama_config(num_hidden_layers=6)), tmp_path / "six")
+    else:
+        source = llama
+    with pytest.raises(KeyboardInterrupt):
+        salience.quantize(str(source), out, **config)  # type: ignore[arg-type]
+    assert calls
+    assert list(out.parent.iterdir()) == []
+
+
+def test_shards(
+    awq: tuple[Path, Report],
+    llama: Path,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "SHARD_BYTES", 40_000)
+    out = tmp_path / "shards"
+    salience.quantize(str(llama), out, scheme="w4g32", calibration=calibration)
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    tensors = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    whole = load_file(awq[0] / "model.safetensors")
+    assert tensors.keys() == whole.keys()
+    assert all(torch.equal(tensors[name], whole[name]) for name in whole)
+    assert error(logits(salience.load(out)), logits(salience.load(awq[0]))) == 0
+
+
+def test_fold_that_fails_on_real_text_is_dropped(
+    awq: tuple[Path, Report],
+    llama: Path,
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A fold with a wrong index, as if the probe had been misled."""
+    right = pipeline.discover_folds
+
+    def misled(*args: Any) -> Any:
+        folds = right(*args)
+        folds[0].index.copy_(folds[0].index.roll(1))
+        return folds
+
+    monkeypatch.setattr(pipeline, "discover_folds", misled)
+    report = salience.quantize(
+        str(llama), tmp_path / "out", scheme="w4g32", calibration=calibration
+    )
+    alphas = {linear.name.split(".", 3)[3]: 0.0 for linear in report.linears}
+    for linear in report.linears:
+        alphas[linear.name.split(".", 3)[3]] += linear.alpha
+    assert alphas["self_attn.q_proj"] == 0 and alphas["mlp.gate_proj"] > 0
+    source = logits(salience.load(llama))
+    assert error(logits(salience.load(tmp_path / "out")), source) < 0.5
+
+
+def test_values_that_are_not_finite(llama: Path, calibration: Calibration, tmp_path: Path) -> None:
+    model = make_model(llama_config())
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 3] = float("nan")
+    source = save(model, tmp_path / "nan")
+    with pytest.raises(SalienceError, match=r"model\.layers\.1\.mlp\.up_proj\.weight .*not finite"):
+        salience.quantize(str(source), tmp_path / "out", scheme="w4g32", calibration=calibration)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["awq", "rtn"])
+def test_tensor_of_the_wrong_shape(
+    method: str, llama: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    shutil.copytree(llama, tmp_path / "in")
+    tensors = load_file(llama / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name][:96].clone()
+    save_file(tensors, tmp_path / "in" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SalienceError, match=rf"tensor {name} of .* is \[96, 64\], .* \[128, 64\]"):
+        salience.quantize(
+            str(tmp_path / "in"),
+            tmp_path / "out",
+            method=method,
+            scheme="w4g32",
+            calibration=calibration,
+        )
+    assert not (tmp_path / "out").exists()
+
+
+def test_bfloat16_source_overflowing_fp16(tmp_path: Path, calibration: Calibration) -> None:
+    model = make_model(llama_config()).bfloat16()
+    with torch.no_grad():
+        model.model.norm.weight[0] = 1e6
+    source = save(model, tmp_path / "huge")
+    with pytest.raises(SalienceError, match=r"model\.norm\.weight overflows fp16"):
+        salience.quantize(str(source), tmp_path / "out", scheme="w4g32", calibration=calibration)
+    assert not (tmp_path / "out").exists()
+
+
+def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
+    """The order of rows in which llama.cpp keeps q and k."""
+    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def write_gguf(model: Any, path: Path) -> None:
+    """A llama GGUF with F16 attention and Q8_0 MLPs, as llama.cpp's converter lays it out."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    tokenizer = make_tokenizer()
+    inner = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    special = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([token for token, _ in vocabulary])
+    writer.add_token_types([3 if token in special else 1 for token, _ in vocabulary])
+    writer.add_token_merges([" ".join(pair) for pair in inner["model"]["merges"]])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(0)
+    writer.add_chat_template(tokenizer.chat_template)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        stored = f"{names.get_name(owner)}.{leaf}"
+        values = tensor.numpy()
+        if "q_proj" in name or "k_proj" in name:
+            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+            values = permuted(values, heads)
+        if values.ndim == 1:
+            writer.add_tensor(stored, values.astype(np.float32))
+        elif ".mlp." in name:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(stored, gguf.quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(stored, values.astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_gguf_source(llama: Path, calibration: Calibration, tmp_path: Path) -> None:
+    model = salience.load(llama)
+    path = tmp_path / "tiny.gguf"
+    write_gguf(model, path)
+    with torch.no_grad():  # what the file holds of the weights
+        for name, parameter in model.named_parameters():
+            if ".mlp." in name:
+                blocks = parameter.unflatten(1, (-1, 32))
+                step = blocks.abs().amax(-1, keepdim=True) / 127
+                parameter.copy_((blocks / step).round().mul(step.half()).flatten(1))
+            elif parameter.ndim == 2:
+                parameter.copy_(parameter.half())
+    assert error(logits(salience.load(path)), logits(model)) < 1e-5
+    out = tmp_path / "out"
+    report = salience.quantize(str(path), out, scheme="w4g32", calibration=calibration)
+    assert report.error < report.error_rtn
+    assert len(report.linears) == 21
+    quantized = salience.load(out, kernel="reference")
+    assert error(logits(quantized), logits(model)) < 0.5
+    config = json.loads((out / "config.json").read_text())
+    assert config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
+    assert config["quantization_config"]["group_size"] == 32
+    text = "def f(x):\n    return x + 1  # naïve\n"
+    theirs, ours = AutoTokenizer.from_pretrained(out), make_tokenizer()
+    assert theirs(text)["input_ids"] == ours(text)["input_ids"]
+    assert theirs.chat_template == ours.chat_template
+    assert theirs.eos_token_id == 0
+
+
+def test_bad_options(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for options, message in (
+        ({"effort": "best"}, "effort 'best' is not available"),
+        ({"method": "gptq"}, "there is no method 'gptq'"),
+        ({"format": "gguf"}, "there is no format 'gguf'"),
+        ({"scheme": "w4g48"}, "group size 48 does not divide"),
+        ({"scheme": "w3g32"}, "--format awq holds 4-bit codes"),
+        ({"device": "tpu"}, "tpu"),
+    ):
+        with pytest.raises(SalienceError, match=message):
+            salience.quantize(str(llama), out, **options)  # type: ignore[arg-type]
+    out.mkdir()
+    (out / "mine.txt").touch()
+    with pytest.raises(SalienceError, match="not an empty folder"):
+        salience.quantize(str(llama), out, scheme="w4g32")
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "mine.txt"]
+
+
+def test_output_folder_that_is_empty(llama: Path, calibration: Calibration, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    salience.quantize(str(llama), out, scheme="w4g32", calibration=calibration)
+    assert (out / "model.safetensors").is_file()
+
+
+def test_relative_paths(
+    llama: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(llama, tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    salience.quantize("in", "out", scheme="w4g32", calibration=calibration)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
