@@ -18,7 +18,7 @@ def main(model: str, out: str, samples: int = 16, seqlen: int = 256) -> str:
     print(f"largest error {worst.error:.1%} in {worst.name}")
 
     quantized = salience.load(out)
-    answer = reply(quantized, open_source(out).tokenizer(), "Name three primary colours.")
+    answer = reply(quantized, open_source(out).tokenizer, "Name three primary colours.")
     print(answer.text)
     return answer.text
 

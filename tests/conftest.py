@@ -8,8 +8,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from tiny_models import TEXT, llama_config, make_model, save
 from transformers import PreTrainedTokenizerFast
+
+from tiny_models import TEXT, llama_config, make_model, save
 
 # More threads than idle cores make each small product wait for the slowest.
 torch.set_num_threads(1)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TEXT, VOCABULARY, error, llama_config, make_model, random_tokens
 from torch import Tensor, nn
 from transformers import (
     BloomConfig,
@@ -23,6 +22,7 @@ from salience import calibration as module
 from salience.calibration import Calibration, block_inputs, observe, read_text, run_block
 from salience.errors import SalienceError
 from salience.structure import find_blocks
+from tiny_models import TEXT, VOCABULARY, error, llama_config, make_model, random_tokens
 
 CPU = torch.device("cpu")
 GEMMA = {
@@ -38,9 +38,7 @@ GEMMA = {
 }
 
 
-def test_tokens_are_chunks_of_the_text(
-    text_file: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_tokens_are_chunks_of_the_text(text_file: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tokens = Calibration(str(text_file), samples=9, seqlen=32).tokens(tokenizer)
     assert tokens.shape == (9, 32) and tokens.dtype == torch.int64
     ids = tokenizer(text_file.read_text())["input_ids"]
@@ -89,9 +87,7 @@ def test_jsonl(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", '{"content": "x"}', '["text"]', '"text"', "7"])
-def test_jsonl_that_is_wrong(
-    line: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_jsonl_that_is_wrong(line: str, tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"text": "fine"}) + "\n" + line + "\n")
     with pytest.raises(SalienceError, match=rf"{path} line 2 is no JSON object with a \"text\""):
@@ -126,9 +122,7 @@ def test_bytes_that_are_no_text(tmp_path: Path, tokenizer: PreTrainedTokenizerFa
     assert Calibration(str(path), samples=1, seqlen=64).tokens(tokenizer).shape == (1, 64)
 
 
-def test_no_such_text(
-    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_such_text(tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SalienceError, match="nowhere is no file; for a Hub dataset, pip install"):
         Calibration("nowhere", samples=1, seqlen=8).tokens(tokenizer)

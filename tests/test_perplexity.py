@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TEXT
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -14,6 +13,7 @@ import salience
 from salience.errors import SalienceError
 from salience.evaluation import perplexity as module
 from salience.evaluation.perplexity import perplexity
+from tiny_models import TEXT
 
 
 @pytest.fixture(scope="module")

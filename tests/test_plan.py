@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import VOCABULARY, llama_config, make_model, save
 from transformers import Qwen2Config
 
 import salience
@@ -16,6 +15,7 @@ from salience.formats import get_format
 from salience.plan import Plan, checkpoint_bytes, make_plan
 from salience.scheme import Scheme
 from salience.source import open_source
+from tiny_models import VOCABULARY, llama_config, make_model, save
 
 CPU = torch.device("cpu")
 

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 import salience
 from salience.chat.reply import reply
 from salience.errors import SalienceError
+from tiny_models import make_tokenizer
 
 
 @pytest.fixture(scope="module")

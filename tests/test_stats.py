@@ -1,5 +1,7 @@
 """Second moments against fp64, and the monoid that streaming and resuming rest on."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -47,7 +49,7 @@ def test_moments_equal_fp64() -> None:
 def test_update_and_merge_are_one_sum(cuts: list[int], order: object) -> None:
     x = inputs(60)
     edges = [0, *sorted(cuts), 60]
-    parts = [x[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    parts = [x[a:b] for a, b in itertools.pairwise(edges)]
     whole = moment(x)
     same(moment(*parts), whole)
     order.shuffle(parts)  # type: ignore[attr-defined]

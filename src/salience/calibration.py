@@ -87,6 +87,8 @@ def _documents(text: str) -> Iterator[str]:
         yield from (topics.topics[key] + "\n" for key in sorted(topics.topics))
         return
     path = Path(text)
+    if path.is_dir() or (path.suffix in (".txt", ".jsonl") and not path.is_file()):
+        raise SalienceError(f"calibration text {text} is no file")
     if not path.is_file():
         yield from _hub_documents(text)
     elif path.suffix == ".jsonl":

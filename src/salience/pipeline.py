@@ -136,7 +136,7 @@ def quantize(
         bits_per_weight=mean_bits(blocks, job.scheme),
         kept_modules=_kept(skeleton, prefix),
     )
-    tokens = text.tokens(source.tokenizer()) if text else None
+    tokens = text.tokens(source.tokenizer) if text else None
     _fill_buffers(job)
     with ShardWriter(target, SHARD_BYTES) as writer, torch.no_grad():
         _run(job, tokens, writer, report)

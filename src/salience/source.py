@@ -6,7 +6,10 @@ in what it needs, a block or a model at a time.
 """
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,13 +81,10 @@ class Source:
         from accelerate import init_empty_weights
         from transformers import AutoModelForCausalLM
 
-        with init_empty_weights(include_buffers=False):
-            try:
-                model = AutoModelForCausalLM.from_config(
-                    self.config, dtype=dtype, trust_remote_code=self.trust_remote_code
-                )
-            except Exception as error:  # whatever a wrong config leads to
-                raise SalienceError(f"{self.name}: {_reason(error)}") from None
+        with _foreign_errors(self.name), init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, trust_remote_code=self.trust_remote_code
+            )
         model.tie_weights()
         return model.eval()
 
@@ -117,22 +117,21 @@ class Source:
 
         return RenamedCheckpoint(stored, {hf: gguf for gguf, hf in names.items()}, convert)
 
+    @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer.
+        """Its tokenizer; a GGUF file's takes seconds to make.
 
         Raises:
             SalienceError: there is none that Transformers can read.
         """
         from transformers import AutoTokenizer
 
-        try:
+        with _foreign_errors(f"{self.name} has no usable tokenizer"):
             return AutoTokenizer.from_pretrained(
                 self.path.parent if self.is_gguf else self.path,
                 trust_remote_code=self.trust_remote_code,
                 **({"gguf_file": self.path.name} if self.is_gguf else {}),
             )
-        except Exception as error:  # whatever a damaged file leads to
-            raise SalienceError(f"{self.name} has no usable tokenizer: {_reason(error)}") from None
 
     def save_assets(self, folder: Path) -> None:
         """Write tokenizer, chat template and generation config into `folder`.
@@ -142,7 +141,7 @@ class Source:
         if self.is_gguf:
             from transformers import GenerationConfig
 
-            self.tokenizer().save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
             return
         names = list(_ASSETS)
@@ -170,37 +169,52 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
         raise SalienceError(f"{path} has no config.json; is it a model folder?")
     # Broken files are found here, before Transformers reads them with errors of its own.
     stored = GgufCheckpoint(path) if path.is_file() else SafetensorsCheckpoint(path)
-    try:
+    if path.is_dir():
+        _check_config(path, trust_remote_code)
+    with _foreign_errors(str(path)):
         config = AutoConfig.from_pretrained(
             path.parent if path.is_file() else path,
             trust_remote_code=trust_remote_code,
             **({"gguf_file": path.name} if path.is_file() else {}),
         )
-    except Exception as error:  # whatever a wrong config leads to
-        raise _config_error(path, trust_remote_code, error) from None
     return Source(model, path, stored, config, trust_remote_code)
 
 
-def _config_error(path: Path, trusted: bool, error: Exception) -> SalienceError:
+def _check_config(folder: Path, trusted: bool) -> None:
+    """Refuse an architecture that Transformers does not have, or whose code is not trusted."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    version = transformers.__version__
-    if path.is_dir():
-        config = read_json(path / "config.json")
-        if "auto_map" in config and not trusted:
-            return SalienceError(
-                f"{path} brings its own Python code; read it, then pass --trust-remote-code"
-            )
-        kind = config.get("model_type")
-        if kind is None:
-            return SalienceError(f"{path / 'config.json'} has no model_type")
-        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-            return SalienceError(
-                f"{path}: Transformers {version} does not know the architecture {kind!r}; "
-                "a newer Transformers may"
-            )
-    return SalienceError(f"{path}: {_reason(error)} (Transformers {version})")
+    config = read_json(folder / "config.json")
+    kind = config.get("model_type")
+    if isinstance(kind, str) and kind in CONFIG_MAPPING:
+        return
+    if "auto_map" in config:
+        if trusted:
+            return
+        raise SalienceError(
+            f"{folder} brings its own Python code; read it, then pass --trust-remote-code"
+        )
+    if kind is None:
+        raise SalienceError(f"{folder / 'config.json'} has no model_type")
+    raise SalienceError(
+        f"{folder}: Transformers {transformers.__version__} does not know the architecture "
+        f"{kind!r}; a newer Transformers may"
+    )
+
+
+@contextmanager
+def _foreign_errors(what: str) -> Iterator[None]:
+    """One line for what Transformers or tokenizers say of a damaged file.
+
+    Both raise errors of any kind for those, plain `Exception` among them.
+    """
+    try:
+        yield
+    except SalienceError:
+        raise
+    except Exception as error:
+        raise SalienceError(f"{what}: {_reason(error)}") from None
 
 
 def _locate(model: str) -> Path:

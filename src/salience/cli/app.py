@@ -5,7 +5,7 @@ import sys
 from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -18,10 +18,13 @@ from salience.scheme import Scheme
 app = typer.Typer(
     name="salience",
     help="Activation-aware low-bit weights for language models.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+# The base of what typer raises for wrong options: click's, or in newer versions its own copy of it.
+_WrongUseError: type[Any] = typer.BadParameter.__mro__[2]
 
 
 class MethodName(str, Enum):
@@ -202,7 +205,7 @@ def evaluate(
 
     words = read_text(text)
     source = open_source(model, trust_remote_code)
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer
     loaded = load_source(source, device, kernel=kernel)
     with progress_bar("perplexity") as progress:
         result = perplexity(loaded, tokenizer, words, context, max_chunks, progress)
@@ -235,7 +238,7 @@ def chat(
         sys.stdout.flush()
 
     source = open_source(model, trust_remote_code)
-    tokenizer = source.tokenizer()
+    tokenizer = source.tokenizer
     loaded = load_source(source, device, kernel=kernel)
     result = reply(
         loaded,
@@ -262,8 +265,16 @@ def main() -> None:
     # Transformers' warnings are for programmers, and stderr is for one line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        app()
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+    except _WrongUseError as error:
+        _fail(f"{error.format_message()} (see --help)", 2)
     except SalienceError as error:
-        # Names in a file may hold line ends; the message is one line all the same.
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        sys.exit(130)
+
+
+def _fail(message: str, status: int) -> None:
+    # Names in a file may hold line ends; the message is one line all the same.
+    print("error:", " ".join(message.splitlines()), file=sys.stderr)
+    sys.exit(status)
