@@ -142,7 +142,11 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             "rows": rows,
             "reply": answer,
             "machine": machine(),
-            "options": {key: str(value) for key, value in vars(args).items() if key != "out"},
+            "options": {
+                key: Path(value).name if isinstance(value, str) else value
+                for key, value in vars(args).items()
+                if key != "out"
+            },
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -19,11 +19,12 @@ from salience.structure import find_blocks, linears
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 SHARD_BYTES = 2**29
 _FLOAT_BYTES = 2  # what is not quantized is written in fp16
-# Products with H a scale search makes for each weight, and passes over each weight a clip search
-# makes, per candidate; from a profile of SmolLM2.
-_SCALE_CANDIDATES = 12
+_TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
+# Candidates of the scale and the clip search of AWQ, and the time one takes for a weight beside
+# its share of the products; from a profile of SmolLM2.
+_SCALE_CANDIDATES = 13
 _CLIP_CANDIDATES = 33
-_SECONDS_PER_WEIGHT_PASS = {"cpu": 2.5e-9, "cuda": 4e-11}
+_SECONDS_PER_CANDIDATE = {"cpu": 4e-9, "cuda": 1.3e-9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,11 @@ def make_plan(
     check_scheme(model, scheme, fmt)
     names = {name for name, _ in model.named_parameters()} & weights.names()
     disk = checkpoint_bytes(model, scheme)
+    source_bytes = sum(weights.nbytes(name) for name in names)
     memory = _memory(model, blocks, calibration, device, disk)
     ram = peak_rss_bytes() + (memory if device.type == "cpu" else min(SHARD_BYTES, disk))
+    if source.is_gguf:
+        ram += source_bytes  # the file stays mapped, so what was read of it counts
     vram = memory if device.type == "cuda" else 0
     advice = []
     if ram > available_ram_bytes():
@@ -97,7 +101,7 @@ def make_plan(
         parameters=sum(p.numel() for p in model.parameters()),
         quantized_parameters=quantized,
         bits_per_weight=mean_bits(blocks, scheme),
-        source_bytes=sum(weights.nbytes(name) for name in names),
+        source_bytes=source_bytes,
         disk_bytes=disk,
         ram_bytes=ram,
         vram_bytes=vram,
@@ -167,33 +171,37 @@ def _memory(
     """Peak bytes of tensors: the larger of reading the embeddings and working on a block."""
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     found = linears(blocks[0]).values()
-    waiting = min(SHARD_BYTES, disk)
     widest = max(m.weight.numel() for m in found)
-    if calibration is None:
-        return 4 * (largest + 6 * widest) + waiting
     embedding = model.get_input_embeddings().weight
+    waiting = min(SHARD_BYTES, disk)
+    # Written last, with what waits for it: the embeddings in fp32 and fp16.
+    rest = 6 * embedding.numel()
+    if calibration is None:
+        return max(4 * (largest + 6 * widest), rest) + waiting
     hidden = calibration.samples * calibration.seqlen * embedding.shape[1]
     moments = sum({m.in_features: m.in_features**2 for m in found}.values()) * 2
     tokens = MICRO_BATCH_TOKENS[device.type]
-    activations = tokens * 4 * max(max(m.in_features, m.out_features) for m in found)
-    block = 4 * (largest + moments + 6 * widest + hidden + activations) + waiting
-    return max(block, 4 * (embedding.numel() + 2 * hidden))
+    activations = tokens * 6 * max(max(m.in_features, m.out_features) for m in found)
+    block = 4 * (largest + moments + 6 * widest + activations)
+    first = 4 * (embedding.numel() + hidden)  # while the parts of the hidden states are joined
+    tokenizer = _TOKENIZER_BYTES * embedding.shape[0]
+    return tokenizer + 4 * hidden + max(first, block + waiting, rest + waiting)
 
 
 def _seconds(
     blocks: nn.ModuleList, scheme: Scheme, calibration: Calibration | None, device: torch.device
 ) -> dict[str, float]:
     flops = matmul_flops(device)
-    per_pass = _SECONDS_PER_WEIGHT_PASS[device.type]
+    each = _SECONDS_PER_CANDIDATE[device.type]
     found = linears(blocks).values()
     count = sum(m.weight.numel() for m in found)
     if calibration is None:
-        return {"search": 4 * per_pass * count}
+        return {"search": 4 * each * count}
     tokens = calibration.samples * calibration.seqlen
-    inputs = sum({(id(m), m.in_features): m.in_features**2 for m in found}.values()) / 2
+    inputs = sum(m.in_features**2 for m in found)
     statistics = 2 * tokens * (count + inputs) / flops
     products = sum(m.weight.numel() * m.in_features for m in found)
     groups = sum(m.weight.numel() * scheme.group_columns(m.in_features) for m in found)
     search = 2 * (_SCALE_CANDIDATES + 4) * products / flops + 2 * _CLIP_CANDIDATES * groups / flops
-    search += per_pass * count * (_SCALE_CANDIDATES + _CLIP_CANDIDATES)
+    search += each * count * (_SCALE_CANDIDATES + _CLIP_CANDIDATES)
     return {"statistics": statistics, "search": search}

@@ -265,7 +265,7 @@ def main() -> None:
     # Transformers' warnings are for programmers, and stderr is for one line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False))
+        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
     except _WrongUseError as error:
         _fail(f"{error.format_message()} (see --help)", 2)
     except SalienceError as error:
