@@ -131,6 +131,12 @@ def check_scheme(model: nn.Module, scheme: Scheme, fmt: Format) -> None:
         SalienceError: naming a linear and the group sizes that would fit.
     """
     prefix, blocks = find_blocks(model)
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim > 2:
+            raise SalienceError(
+                f"{prefix}.{name} is {list(parameter.shape)}: blocks with experts or convolutions "
+                "(mixture-of-experts, hybrids) are not supported"
+            )
     shapes = {
         f"{prefix}.{name}": (linear.out_features, linear.in_features)
         for name, linear in linears(blocks).items()
