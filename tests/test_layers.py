@@ -39,6 +39,7 @@ LAYERS = {
     "salience.loading": 50,
     "salience.plan": 50,
     "salience.report": 50,
+    "salience.block": 55,
     "salience.pipeline": 60,
     "salience.chat": 70,
     "salience.chat.reply": 70,

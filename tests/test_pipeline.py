@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import salience
-from salience import pipeline
+from salience import block, pipeline
 from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.formats import AutoAwq
@@ -335,13 +335,13 @@ def test_reported_errors_are_those_of_the_files(
     model = make_model(ARCHITECTURES[name]())
     fill_buffers(model)
     source, out = save(model, tmp_path / "in"), tmp_path / "out"
-    right, chosen = pipeline._fold, []
+    right, chosen = block.fold_scales, []
 
     def spy(*args: Any) -> Any:
         chosen.append(right(*args))
         return chosen[-1]
 
-    monkeypatch.setattr(pipeline, "_fold", spy)
+    monkeypatch.setattr(block, "fold_scales", spy)
     report = salience.quantize(str(source), out, scheme="w4g16", calibration=calibration)
     written = dequantized(out)
     prefix, blocks = find_blocks(model)
@@ -429,7 +429,7 @@ def test_progress(llama: Path, calibration: Calibration, tmp_path: Path) -> None
     assert calls == [("block", done, 3) for done in range(4)]
 
 
-@pytest.mark.parametrize("step", ["_code", "_write_rest", "_discover", "_config"])
+@pytest.mark.parametrize("step", ["quantize_block", "_write_rest", "_discover", "_config"])
 def test_a_failure_leaves_nothing(
     step: str,
     llama: Path,
@@ -441,16 +441,16 @@ def test_a_failure_leaves_nothing(
 
     def fail_second(*args: Any) -> Any:
         calls.append(args)
-        if step == "_code" and len(calls) < 5:
+        if step == "quantize_block" and len(calls) < 5:
             return right(*args)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, step, fail_second)
-    if step == "_code":
+    if step == "quantize_block":
         monkeypatch.setattr(pipeline, "SHARD_BYTES", 1)  # so that files were written before
     out = tmp_path / "deep" / "out"
     config = {"scheme": "w4g32", "calibration": calibration}
-    if step == "_code":
+    if step == "quantize_block":
         source = save(make_model(llama_config(num_hidden_layers=6)), tmp_path / "six")
     else:
         source = llama

@@ -14,13 +14,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from salience import grid
+from salience.block import quantize_block, unit_moments
 from salience.calibration import BlockInputs, Calibration, block_inputs, observe, run_block
 from salience.checkpoint import (
     Checkpoint,
@@ -34,7 +35,7 @@ from salience.errors import SalienceError
 from salience.formats import Format, get_format
 from salience.loading import read_tensor, resolve_device, set_tensor
 from salience.machine import peak_rss_bytes
-from salience.methods import FoldScale, Method, get_method
+from salience.methods import Method, get_method
 from salience.plan import (
     MICRO_BATCH_TOKENS,
     SHARD_BYTES,
@@ -44,22 +45,11 @@ from salience.plan import (
     mean_bits,
 )
 from salience.qtensor import QTensor
-from salience.report import REPORT_NAME, LinearReport, Report, versions
+from salience.report import REPORT_NAME, Report, versions
 from salience.scheme import Scheme
 from salience.source import Source, open_source
-from salience.stats import SecondMoment, output_error
-from salience.structure import (
-    PROOF_TOLERANCE,
-    Fold,
-    apply_fold,
-    discover_folds,
-    find_blocks,
-    linears,
-    relative_error,
-    restore,
-    sink_groups,
-    snapshot,
-)
+from salience.stats import SecondMoment
+from salience.structure import Fold, discover_folds, find_blocks, linears, sink_groups
 
 _PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
 
@@ -193,33 +183,35 @@ def _run(job: _Job, tokens: Tensor | None, writer: ShardWriter, report: Report) 
         name = f"{job.prefix}.{index}"
         with _materialized(job, block, name):
             if inputs is None or probe is None:
-                moments = _unit_moments(block, job.device)
-                chosen: list[FoldScale] = []
-                plain = _errors(block, moments, job.scheme, name)
+                folds: list[Fold] = []
+                moments = unit_moments(block, job.device)
+                run = _no_run
             else:
                 kind = _signature(block)
                 if kind not in known:
                     with job.phase("structure"):
                         known[kind] = _discover(block, probe, index)
                         report.folds += [_describe(fold) for fold in known[kind].folds]
+                folds = known[kind].folds
+                # The hidden states are about to become this block's outputs.
+                first = inputs.hidden[: inputs.batch].clone()
+                run = partial(run_block, block, first, inputs.arguments[index])
                 with job.phase("statistics"):
-                    first = inputs.hidden[: inputs.batch].clone()
                     moments = _observe(block, known[kind].groups, inputs, index)
                     _check_finite(moments, name)
-                with job.phase("search"):
-                    plain = _errors(block, moments, job.scheme, name)
-                    weights = {n: m.weight.detach() for n, m in linears(block).items()}
-                    found = job.method.prepare(weights, known[kind].folds, moments, job.scheme)
-                    chosen = _fold(block, found, first, inputs, index)
             with job.phase("search"):
-                coded = _code(job, block, moments, chosen, plain)
+                coded = quantize_block(block, name, job.method, job.scheme, folds, moments, run)
             with job.phase("write"):
-                for local, (_, linear) in coded.items():
-                    report.linears.append(_renamed(linear, f"{name}.{local}"))
+                report.linears += [linear for _, linear in coded.values()]
                 _write_block(job, writer, block, name, {n: qt for n, (qt, _) in coded.items()})
     job.progress("block", len(job.blocks), len(job.blocks))
+    del inputs  # the hidden states are done with; the embeddings come next
     with job.phase("write"):
         _write_rest(job, writer)
+
+
+def _no_run() -> Tensor:
+    raise SalienceError("a method without calibration text has no inputs to run a block on")
 
 
 def _fill_buffers(job: _Job) -> None:
@@ -287,9 +279,7 @@ def _signature(block: nn.Module) -> tuple[object, ...]:
 
 
 def _discover(block: nn.Module, probe: BlockInputs, index: int) -> _Structure:
-    def run() -> Tensor:
-        return run_block(block, probe.hidden, probe.arguments[index])
-
+    run = partial(run_block, block, probe.hidden, probe.arguments[index])
     groups = sink_groups(block, run)
     return _Structure(groups, discover_folds(block, run, groups))
 
@@ -307,7 +297,7 @@ def _observe(
         out = observe(
             block,
             list(of_group),
-            lambda part=part: run_block(block, part, inputs.arguments[index]),  # type: ignore[misc]
+            partial(run_block, block, part, inputs.arguments[index]),
             lambda name, x: of_group[name].update(x),
         )
         part.copy_(out)
@@ -321,120 +311,6 @@ def _check_finite(moments: dict[str, SecondMoment], block: str) -> None:
                 f"inputs of {block}.{name} are not finite on the calibration text; "
                 "the model overflows"
             )
-
-
-def _unit_moments(block: nn.Module, device: torch.device) -> dict[str, SecondMoment]:
-    """Moments of inputs of unit covariance, for a method that looks at no text."""
-    return {
-        name: SecondMoment(
-            torch.eye(linear.in_features, device=device),
-            torch.ones(linear.in_features, device=device),
-            1,
-        )
-        for name, linear in linears(block).items()
-    }
-
-
-def _errors(
-    block: nn.Module, moments: dict[str, SecondMoment], scheme: Scheme, prefix: str
-) -> dict[str, tuple[float, float]]:
-    """For each linear, the output energy and the output error of plain rounding."""
-    result = {}
-    for name, linear in linears(block).items():
-        weight, second = linear.weight.detach(), moments[name].second
-        try:
-            plain = grid.quantize(weight, scheme).dequantize() - weight
-        except SalienceError as error:
-            raise SalienceError(f"{prefix}.{name}: {error}") from None
-        result[name] = (
-            output_error(weight, second).sum().item(),
-            output_error(plain, second).sum().item(),
-        )
-    return result
-
-
-def _fold(
-    block: nn.Module,
-    found: list[FoldScale],
-    hidden: Tensor,
-    inputs: BlockInputs,
-    index: int,
-) -> list[FoldScale]:
-    """Fold the scales in, keeping those under which the block's real output does not change."""
-    reference = inputs.hidden[: inputs.batch]
-
-    def proved() -> bool:
-        out = run_block(block, hidden, inputs.arguments[index])
-        return relative_error(out, reference) <= PROOF_TOLERANCE
-
-    def touched(choices: list[FoldScale]) -> list[str]:
-        return sorted({name for c in choices for name in (c.fold.prev, *c.fold.sinks)})
-
-    saved = snapshot(block, touched(found))
-    for choice in found:
-        apply_fold(block, choice.fold, choice.scales)
-    if not found or proved():
-        return found
-    restore(saved)
-    kept = []
-    for choice in found:
-        saved = snapshot(block, touched([choice]))
-        apply_fold(block, choice.fold, choice.scales)
-        if proved():
-            kept.append(choice)
-        else:
-            restore(saved)
-    return kept
-
-
-def _code(
-    job: _Job,
-    block: nn.Module,
-    moments: dict[str, SecondMoment],
-    chosen: list[FoldScale],
-    plain: dict[str, tuple[float, float]],
-) -> dict[str, tuple[QTensor, LinearReport]]:
-    """Code every linear of a folded block, plainly where the method does not help."""
-    of_sink = {name: choice for choice in chosen for name in choice.fold.sinks}
-    of_prev = {choice.fold.prev: choice for choice in chosen}
-    coded = {}
-    for name, linear in linears(block).items():
-        weight, moment, choice = linear.weight.detach(), moments[name], of_sink.get(name)
-        if choice is not None:
-            moment = moment.scaled(choice.scales)
-        rows = torch.ones(linear.out_features, device=weight.device)
-        if name in of_prev:  # its rows were divided: measure the error of the undivided ones
-            fold = of_prev[name].fold
-            rows[fold.index.to(rows.device)] = of_prev[name].scales
-        rounded = grid.quantize(weight, job.scheme)
-        qt = job.method.quantize(weight, moment, job.scheme)
-        energy, limit = plain[name]
-        error = _output_error(qt, weight, moment, rows)
-        kept_rtn = not error <= limit
-        if kept_rtn:
-            qt, error = rounded, _output_error(rounded, weight, moment, rows)
-        report = LinearReport(
-            name=name,
-            in_features=linear.in_features,
-            out_features=linear.out_features,
-            alpha=choice.alpha if choice else 0.0,
-            beta=choice.beta if choice else 0.0,
-            clip=(qt.scales.float() / rounded.scales.float()).mean().item(),
-            error_rtn=limit / max(energy, 1e-30),
-            error=error / max(energy, 1e-30),
-            kept_rtn=kept_rtn,
-        )
-        coded[name] = (qt, report)
-    return coded
-
-
-def _output_error(qt: QTensor, weight: Tensor, moment: SecondMoment, rows: Tensor) -> float:
-    errors = output_error(qt.dequantize() - weight, moment.second)
-    return (errors * rows.square()).sum().item()
-
-
-def _renamed(report: LinearReport, name: str) -> LinearReport:
-    return LinearReport(**{**asdict(report), "name": name})
 
 
 def _describe(fold: Fold) -> dict[str, Any]:

@@ -112,13 +112,20 @@ def make_plan(
 
 
 def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
-    """Refuse a source that is quantized already or lacks a tensor of `model`.
+    """Refuse a source that is quantized already, has experts, or lacks a tensor of `model`.
 
     Raises:
         SalienceError: naming the tensor.
     """
     if getattr(source.config, "quantization_config", None):
         raise SalienceError(f"{source.name} is quantized already; start from the float model")
+    prefix, blocks = find_blocks(model)
+    for name, parameter in blocks.named_parameters():
+        if parameter.ndim > 2:
+            raise SalienceError(
+                f"{prefix}.{name} is {list(parameter.shape)}: blocks with experts or convolutions "
+                "(mixture-of-experts, hybrids) are not supported"
+            )
     missing = {name for name, _ in model.named_parameters()} - weights.names()
     if missing:
         raise SalienceError(f"tensor {min(missing)} is missing from {weights.path}")
@@ -131,12 +138,6 @@ def check_scheme(model: nn.Module, scheme: Scheme, fmt: Format) -> None:
         SalienceError: naming a linear and the group sizes that would fit.
     """
     prefix, blocks = find_blocks(model)
-    for name, parameter in blocks.named_parameters():
-        if parameter.ndim > 2:
-            raise SalienceError(
-                f"{prefix}.{name} is {list(parameter.shape)}: blocks with experts or convolutions "
-                "(mixture-of-experts, hybrids) are not supported"
-            )
     shapes = {
         f"{prefix}.{name}": (linear.out_features, linear.in_features)
         for name, linear in linears(blocks).items()
