@@ -1,11 +1,11 @@
 """What this machine has: memory, and how fast it multiplies."""
 
-import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -19,13 +19,7 @@ def peak_rss_bytes() -> int:
 
 def available_ram_bytes() -> int:
     """Memory that can be taken without swapping: the machine's, or the cgroup's if that is less."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":", 1) for line in lines)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        pass  # not Linux: the free pages are what is known
+    free = psutil.virtual_memory().available
     try:
         with open("/sys/fs/cgroup/memory.max") as file:
             limit = file.read().strip()
