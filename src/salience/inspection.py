@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import nn
+
 from salience.formats import detect_format
 from salience.source import Source
 from salience.structure import linears
@@ -66,10 +68,10 @@ def inspect(source: Source) -> Inspection:
     return Inspection(fmt.name, only, bits / max(count, 1), total, modules, kept)
 
 
-def _dense(source: Source, model: object, total: int) -> Inspection:
-    weights = source.weights(model)  # type: ignore[arg-type]
+def _dense(source: Source, model: nn.Module, total: int) -> Inspection:
+    weights = source.weights(model)
     modules, bits, count = [], 0, 0
-    for name, linear in linears(model).items():  # type: ignore[arg-type]
+    for name, linear in linears(model).items():
         if f"{name}.weight" not in weights.names():
             continue  # tied to the embeddings
         modules.append(Module(name, linear.in_features, linear.out_features, "float"))
