@@ -149,13 +149,13 @@ def test_kernels_agree_with_the_dequantized_model(
     expected = dense(input_ids=text).logits
     assert error(exact(input_ids=text).logits, expected) < 1e-4
     # On a prompt the fast kernel is exact in the weights; for a few tokens it computes in bf16.
-    assert error(fast(input_ids=text).logits, expected) < 1e-2
-    few = text[:, :24]
+    assert error(fast(input_ids=text).logits, expected) < 1e-4
+    few = text[:, :12]
     assert error(fast(input_ids=few).logits, dense(input_ids=few).logits) < 1e-2
     words = read_text("pydoc")[:20_000]
     values = [
         perplexity(model, tokenizer, words, context=context, max_chunks=chunks).perplexity
-        for context, chunks in ((32, 8), (512, 1))
+        for context, chunks in ((16, 16), (512, 1))
         for model in (dense, fast)
     ]
     assert values[1] == pytest.approx(values[0], rel=3e-3)
