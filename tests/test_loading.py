@@ -155,11 +155,12 @@ def test_holds_packed_weights_only(quantized: Path) -> None:
 
 
 def test_kernels(quantized: Path) -> None:
-    exact = logits(salience.load(quantized, kernel="reference"))
+    few = random_tokens(1, 8)  # so few that the kernel computes in bf16, which shows
+    exact = logits(salience.load(quantized, kernel="reference"), few)
     for kernel in ("auto", "cpu_int4"):
         model = salience.load(quantized, kernel=kernel)
         assert {m.kernel for m in model.modules() if isinstance(m, QuantLinear)} == {"cpu_int4"}
-        assert 0 < error(logits(model), exact) < 5e-2
+        assert 0 < error(logits(model, few), exact) < 1e-2
     with pytest.raises(SalienceError, match="there is no kernel 'marlin'"):
         salience.load(quantized, kernel="marlin")
 
