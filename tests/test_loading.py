@@ -17,7 +17,15 @@ from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.linear import QuantLinear
 from salience.loading import resolve_device
-from tiny_models import VOCABULARY, error, llama_config, logits, make_model, save
+from tiny_models import (
+    VOCABULARY,
+    error,
+    llama_config,
+    logits,
+    make_model,
+    random_tokens,
+    save,
+)
 
 QWEN2 = Qwen2Config(
     vocab_size=VOCABULARY,
