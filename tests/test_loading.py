@@ -168,7 +168,7 @@ def test_kernels(quantized: Path) -> None:
     for kernel in ("auto", "cpu_int4"):
         model = salience.load(quantized, kernel=kernel)
         assert {m.kernel for m in model.modules() if isinstance(m, QuantLinear)} == {"cpu_int4"}
-        assert 0 < error(logits(model, few), exact) < 1e-2
+        assert 0 < error(logits(model, few), exact) < 5e-2
     with pytest.raises(SalienceError, match="there is no kernel 'marlin'"):
         salience.load(quantized, kernel="marlin")
 
