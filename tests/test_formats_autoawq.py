@@ -95,7 +95,7 @@ def test_bf16_scales_are_stored_in_fp16() -> None:
 
 
 def test_config() -> None:
-    assert FORMAT.config(Scheme(4, 64), ["lm_head"]) == {
+    assert FORMAT.config({"a": Scheme(4, 64)}, ["lm_head"]) == {
         "quant_method": "awq",
         "zero_point": True,
         "group_size": 64,
@@ -104,15 +104,15 @@ def test_config() -> None:
         "modules_to_not_convert": None,
     }
     kept = ["lm_head", "model.layers.3.mlp.gate"]
-    skipped = FORMAT.config(Scheme(4, 64), kept)["modules_to_not_convert"]
+    skipped = FORMAT.config({"a": Scheme(4, 64)}, kept)["modules_to_not_convert"]
     assert skipped == ["model.layers.3.mlp.gate"]
     # Symmetric weights store true zeros: without zero_point readers take slower ways or fail.
-    assert FORMAT.config(Scheme(4, 64, sym=True), [])["zero_point"] is True
+    assert FORMAT.config({"a": Scheme(4, 64, sym=True)}, [])["zero_point"] is True
 
 
 @pytest.mark.parametrize("group_size", [32, 128, -1])
 def test_config_is_read_back(group_size: int) -> None:
-    config = FORMAT.config(Scheme(4, group_size), [])
+    config = FORMAT.config({"a": Scheme(4, group_size)}, [])
     assert detect_format(config) is get_format("awq")
     assert FORMAT.scheme(config, "any") == Scheme(4, group_size)
 
@@ -168,20 +168,26 @@ def test_scheme_refuses(changes: dict[str, Any]) -> None:
         FORMAT.scheme({"quant_method": "awq", "bits": 4, "group_size": 64} | changes, "any")
 
 
+def check(scheme: Scheme, shapes: dict[str, tuple[int, int]]) -> None:
+    FORMAT.check(dict.fromkeys(shapes, scheme), shapes)
+
+
 def test_check() -> None:
     shapes = {"a": (64, 128), "b": (8, 256)}
-    FORMAT.check(Scheme(4, 64), shapes)
-    FORMAT.check(Scheme(4, -1), {"a": (64, 128), "b": (8, 128)})
-    with pytest.raises(SalienceError, match=r"4-bit codes, not w3g64-sym; use --scheme w4g64-sym$"):
-        FORMAT.check(Scheme(3, 64, sym=True), shapes)
-    with pytest.raises(SalienceError, match=r"not w3channel; use --scheme w4channel$"):
-        FORMAT.check(Scheme(3, -1), shapes)
+    check(Scheme(4, 64), shapes)
+    check(Scheme(4, -1), {"a": (64, 128), "b": (8, 128)})
+    with pytest.raises(SalienceError, match=r"not w3g64-sym as a wants; use --scheme w4g64-sym,"):
+        check(Scheme(3, 64, sym=True), shapes)
+    with pytest.raises(SalienceError, match=r"not w3channel as a wants; use --scheme w4channel,"):
+        check(Scheme(3, -1), shapes)
     with pytest.raises(SalienceError, match="--format awq holds 4-bit codes"):
-        FORMAT.check(Scheme(4, 64, codebook="nf4"), shapes)
+        check(Scheme(4, 64, codebook="nf4"), shapes)
     with pytest.raises(SalienceError, match="packs 8 outputs a word and b has 12"):
-        FORMAT.check(Scheme(4, 64), {"a": (64, 128), "b": (12, 256)})
+        check(Scheme(4, 64), {"a": (64, 128), "b": (12, 256)})
     with pytest.raises(SalienceError, match="w4channel does not fit linears of different widths"):
-        FORMAT.check(Scheme(4, -1), shapes)
+        check(Scheme(4, -1), shapes)
+    with pytest.raises(SalienceError, match="one scheme for all linears, not w4g32 and w4g64"):
+        FORMAT.check({"a": Scheme(4, 64), "b": Scheme(4, 32)}, shapes)
 
 
 def test_get_format_refuses() -> None:

@@ -17,6 +17,7 @@ LAYERS = {
     "salience.machine": 0,
     "salience.scheme": 1,
     "salience.qtensor": 2,
+    "salience.recipe": 2,
     "salience.grid": 10,
     "salience.packing": 10,
     "salience.checkpoint": 10,

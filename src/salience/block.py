@@ -151,6 +151,7 @@ def _code(
         name=f"{prefix}.{name}",
         in_features=weight.shape[1],
         out_features=weight.shape[0],
+        scheme=str(scheme),
         alpha=own.alpha if own else 0.0,
         beta=own.beta if own else 0.0,
         clip=(qt.scales.float() / rounded.scales.float()).mean().item(),

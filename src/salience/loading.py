@@ -122,10 +122,13 @@ def _fill_quantized(
     used: set[str] = set()
     for name, linear in linears(model).items():
         tensors = {local: f"{name}.{local}" for local in fmt.tensors}
-        present = [full for full in tensors.values() if full in stored.names()]
-        if not present:
+        if not any(full in stored.names() for full in tensors.values()):
             continue
-        local = {key: stored.tensor(full).to(device) for key, full in tensors.items()}
+        local = {
+            key: stored.tensor(full).to(device)
+            for key, full in tensors.items()
+            if full in stored.names()
+        }
         qt = _read(fmt, config, name, local, (linear.out_features, linear.in_features), stored)
         bias = None
         if linear.bias is not None:

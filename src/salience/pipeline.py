@@ -369,7 +369,9 @@ def _config(job: _Job) -> dict[str, Any]:
     config.pop("torch_dtype", None)
     config["dtype"] = "float16"
     kept = _kept(job.skeleton, job.prefix)
-    config["quantization_config"] = job.fmt.config(job.scheme, kept)
+    config["quantization_config"] = job.fmt.config(
+        {f"{job.prefix}.{name}": job.scheme for name in linears(job.blocks)}, kept
+    )
     return config
 
 

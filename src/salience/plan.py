@@ -142,7 +142,7 @@ def check_scheme(model: nn.Module, scheme: Scheme, fmt: Format) -> None:
         f"{prefix}.{name}": (linear.out_features, linear.in_features)
         for name, linear in linears(blocks).items()
     }
-    fmt.check(scheme, shapes)
+    fmt.check(dict.fromkeys(shapes, scheme), shapes)
     for name, (_, columns) in shapes.items():
         if columns % scheme.group_columns(columns):
             fit = fitting_group_sizes({columns for _, columns in shapes.values()})

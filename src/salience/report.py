@@ -18,6 +18,7 @@ class LinearReport:
 
     Args:
         name: full module path.
+        scheme: its name, such as "w4g128".
         alpha: exponent of the activations in its input's scale, 0 when there is none.
         beta: exponent of the weights in its input's scale.
         clip: mean ratio of its grid's step to that of plain rounding.
@@ -29,12 +30,36 @@ class LinearReport:
     name: str
     in_features: int
     out_features: int
+    scheme: str
     alpha: float
     beta: float
     clip: float
     error_rtn: float
     error: float
     kept_rtn: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BlockReport:
+    """What one block took.
+
+    Args:
+        name: full module path.
+        error_rtn: mean over its linears of plain rounding's error.
+        error: mean over its linears of the error of what was written.
+        folds: how many scales were folded into it.
+        seconds: spent on it.
+        peak_rss_bytes: most memory of the process up to its end.
+        peak_vram_bytes: most GPU memory of tensors up to its end, 0 on CPUs.
+    """
+
+    name: str
+    error_rtn: float
+    error: float
+    folds: int
+    seconds: float
+    peak_rss_bytes: int
+    peak_vram_bytes: int
 
 
 @dataclass(slots=True)
@@ -58,6 +83,7 @@ class Report:
     error: float = 0.0
     kept_modules: list[str] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     linears: list[LinearReport] = field(default_factory=list)
 
     def summarize(self) -> None:

@@ -77,6 +77,11 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
+def weight_of(linear: nn.Module) -> Tensor:
+    """The weight of a linear as [out, in]: a view, so that writing to it writes to the linear."""
+    return linear.get_parameter("weight").detach()
+
+
 def sink_groups(block: nn.Module, run: Run) -> list[tuple[str, ...]]:
     """Linears of `block` that received the same tensor, in the order they were called.
 

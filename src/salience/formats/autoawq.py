@@ -12,7 +12,7 @@ Symmetric weights store zeros of 8: there is no shorter form that every reader t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class AutoAwq:
 
     name: str = "awq"
     tensors: frozenset[str] = frozenset({"qweight", "qzeros", "scales"})
+    marker: str = "qweight"
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         version = str(config.get("version", config.get("format", "gemm"))).lower()
@@ -47,17 +48,15 @@ class AutoAwq:
             )
         return Scheme(_BITS, group_size)
 
-    def check(self, scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> None:
-        if scheme.bits != _BITS or scheme.codebook is not None:
-            better = replace(scheme, bits=_BITS, codebook=None)
-            raise SalienceError(
-                f"--format awq holds 4-bit codes, not {scheme}; use --scheme {better}"
-            )
-        if scheme.group_size == -1 and len({columns for _, columns in shapes.values()}) > 1:
-            raise SalienceError(
-                "--format awq stores one group size for all linears, so w4channel does not fit "
-                "linears of different widths; use a group size"
-            )
+    def check(self, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
+        for name, scheme in schemes.items():
+            if scheme.bits != _BITS or scheme.codebook is not None:
+                better = Scheme(_BITS, scheme.group_size, scheme.sym)
+                raise SalienceError(
+                    f"--format awq holds 4-bit codes, not {scheme} as {name} wants; "
+                    f"use --scheme {better}, or --format compressed-tensors"
+                )
+        _one_group_size(schemes, shapes)
         for name, (rows, _) in shapes.items():
             if rows % 8:
                 raise SalienceError(
@@ -73,6 +72,9 @@ class AutoAwq:
         }
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
+        missing = self.tensors - tensors.keys()
+        if missing:
+            raise SalienceError(f"tensor {min(missing)} is missing")
         qweight, qzeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
         for name, words in (("qweight", qweight), ("qzeros", qzeros)):
             if words.dtype != torch.int32 or words.ndim != 2:
@@ -85,15 +87,31 @@ class AutoAwq:
         zeros = deinterleave_awq(unpack(qzeros, _BITS)).T.contiguous()
         return QTensor(codes, scales.T.contiguous(), zeros, scheme)
 
-    def config(self, scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    def config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
         # Readers keep the head float by themselves and differ in how they match other names; full
         # paths mean the same to all of them.
         skipped = [name for name in kept if name != "lm_head"]
         return {
             "quant_method": "awq",
             "zero_point": True,
-            "group_size": scheme.group_size,
+            "group_size": next(iter(schemes.values())).group_size,
             "bits": _BITS,
             "version": "gemm",
             "modules_to_not_convert": skipped or None,
         }
+
+
+def _one_group_size(schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
+    sizes = {(scheme.group_size, scheme.sym) for scheme in schemes.values()}
+    if len(sizes) > 1:
+        raise SalienceError(
+            "--format awq stores one scheme for all linears, not "
+            f"{' and '.join(sorted({str(s) for s in schemes.values()}))}; "
+            "use --format compressed-tensors"
+        )
+    whole_rows = any(size == -1 for size, _ in sizes)
+    if whole_rows and len({columns for _, columns in shapes.values()}) > 1:
+        raise SalienceError(
+            "--format awq stores one group size for all linears, so w4channel does not fit "
+            "linears of different widths; use a group size"
+        )

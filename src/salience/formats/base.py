@@ -17,7 +17,12 @@ class Format(Protocol):
 
     @property
     def tensors(self) -> frozenset[str]:
-        """The local names that replace a linear's `weight`."""
+        """The local names that replace a linear's `weight`; some may be absent of some weights."""
+        ...
+
+    @property
+    def marker(self) -> str:
+        """The one of `tensors` that every quantized linear has and no float one."""
         ...
 
     def detect(self, config: Mapping[str, Any]) -> bool:
@@ -32,12 +37,12 @@ class Format(Protocol):
         """
         ...
 
-    def check(self, scheme: Scheme, shapes: Mapping[str, tuple[int, int]]) -> None:
+    def check(self, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
         """Refuse what the format cannot hold, before any work.
 
         Args:
-            scheme: the wanted one.
-            shapes: (out, in) of each linear.
+            schemes: the wanted one of each linear to quantize, by its full name.
+            shapes: (out, in) of the same linears.
 
         Raises:
             SalienceError: naming the linear or option, and the mend.
@@ -45,17 +50,22 @@ class Format(Protocol):
         ...
 
     def write(self, qt: QTensor) -> dict[str, Tensor]:
-        """The stored tensors of one weight."""
+        """The stored tensors of one weight, by their local names."""
         ...
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-        """Undo `write`.
+        """Undo `write`, from those of `tensors` that are stored.
 
         Raises:
             SalienceError: tensors that are no such weight.
         """
         ...
 
-    def config(self, scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
-        """The `quantization_config` of a checkpoint whose linears `kept` stay float."""
+    def config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+        """The `quantization_config` of a checkpoint.
+
+        Args:
+            schemes: of each quantized linear, by its full name.
+            kept: full names of the linears that stay float.
+        """
         ...

@@ -1,0 +1,71 @@
+"""Which linear gets which scheme: a default for the blocks, and a table of exceptions.
+
+    scheme   w4g128                      every linear of the decoder's blocks
+    rules    "down_proj$" -> w8g128      the first pattern found in a name wins; rules also reach
+             "^lm_head$"  -> w8g128      linears outside the blocks and embeddings, which are
+                                         otherwise left float
+    skip     "layers\\.0\\."              stays float, whatever else is said
+    only     "mlp"                       what it does not match stays float
+
+Patterns are regular expressions, searched for anywhere in the full module name.
+"""
+
+import re
+from dataclasses import dataclass, field
+
+from salience.errors import SalienceError
+from salience.scheme import Scheme
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How each module is coded.
+
+    Args:
+        scheme: of linears inside the blocks.
+        rules: (pattern, scheme) pairs, the first match first.
+        skip: patterns of modules that stay float.
+        only: patterns, one of which a module must match unless there are none.
+
+    Raises:
+        SalienceError: a pattern that is no regular expression.
+    """
+
+    scheme: Scheme = field(default_factory=Scheme)
+    rules: tuple[tuple[str, Scheme], ...] = ()
+    skip: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for pattern in (*(p for p, _ in self.rules), *self.skip, *self.only):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise SalienceError(
+                    f"pattern {pattern!r} is no regular expression: {error}"
+                ) from None
+
+    def scheme_of(self, name: str, inside: bool) -> Scheme | None:
+        """The scheme of module `name`, None to keep it float.
+
+        Args:
+            name: full module path.
+            inside: whether it is in the decoder's blocks, where the default holds.
+        """
+        if any(re.search(pattern, name) for pattern in self.skip):
+            return None
+        if self.only and not any(re.search(pattern, name) for pattern in self.only):
+            return None
+        for pattern, scheme in self.rules:
+            if re.search(pattern, name):
+                return scheme
+        return self.scheme if inside else None
+
+    def describe(self) -> dict[str, object]:
+        """As plain JSON values, for reports and journals."""
+        return {
+            "scheme": str(self.scheme),
+            "rules": [[pattern, str(scheme)] for pattern, scheme in self.rules],
+            "skip": list(self.skip),
+            "only": list(self.only),
+        }
