@@ -199,7 +199,7 @@ UP = "model.layers.1.mlp.up_proj"
     [
         (lambda t: t.pop("model.norm.weight"), r"tensor model\.norm\.weight is missing"),
         (lambda t: t.pop("lm_head.weight"), r"tensor lm_head\.weight is missing"),
-        (lambda t: t.pop(f"{UP}.qzeros"), rf"tensor {UP}\.qzeros is missing"),
+        (lambda t: t.pop(f"{UP}.qzeros"), rf"linear {UP} .*: tensor qzeros is missing"),
         (
             lambda t: [t.pop(f"{UP}.{part}") for part in ("qweight", "qzeros", "scales")],
             rf"tensor {UP}\.weight is missing",
