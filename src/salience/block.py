@@ -1,11 +1,11 @@
-"""One block: scales folded in and proved, then every linear coded.
+"""Blocks of one kind, side by side: scales folded in and proved, then every linear coded.
 
 What comes out is never worse than plain rounding: scales are kept only if the block's output on
 real activations does not change, and codes only if the output error is no larger than that of
 rounding the float weight.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from salience import grid
 from salience.errors import SalienceError
-from salience.methods import FoldScale, Method
+from salience.methods import FoldScale, Method, Problem, full_grids
 from salience.qtensor import QTensor
 from salience.report import LinearReport
 from salience.scheme import Scheme
@@ -23,72 +23,186 @@ from salience.structure import (
     Fold,
     Run,
     apply_fold,
-    linears,
     relative_error,
     restore,
     snapshot,
+    weight_of,
 )
 
 
-@dataclass(frozen=True, slots=True)
-class _Plain:
-    """Of one linear: the energy of its output, and the error of rounding it to nearest."""
-
-    energy: float
-    error: float
-
-
-def quantize_block(
-    block: nn.Module,
-    prefix: str,
-    method: Method,
-    scheme: Scheme,
-    folds: Sequence[Fold],
-    moments: dict[str, SecondMoment],
-    run: Run,
-) -> dict[str, tuple[QTensor, LinearReport]]:
-    """Code the linears of a block with fp32 weights; the block itself is left folded.
+@dataclass(frozen=True, slots=True, eq=False)
+class Structure:
+    """What is known of all blocks of one kind.
 
     Args:
-        block: the decoder block.
-        prefix: its name in the model.
-        method: how to search.
-        scheme: how to code.
-        folds: the folds it allows.
-        moments: of the input of each linear.
-        run: runs the block on real inputs.
+        groups: linears that share an input.
+        folds: scales that the block allows.
+    """
 
-    Returns:
-        For each linear by its name in the block, the codes and what was done.
+    groups: list[tuple[str, ...]]
+    folds: list[Fold]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedBlock:
+    """A block with its weights in fp32.
+
+    Args:
+        name: its full name.
+        module: the block; it is left folded.
+        structure: of its kind, the same object for all blocks of it.
+        moments: of the input of each group, by the group's first linear; empty when no text is
+            read.
+        run: runs the block on inputs that folds are proved on; None where there are no folds.
+    """
+
+    name: str
+    module: nn.Module
+    structure: Structure
+    moments: dict[str, SecondMoment]
+    run: Run | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Coded:
+    """A quantized linear: its codes, and what was done."""
+
+    qtensor: QTensor
+    report: LinearReport
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SolvedBlock:
+    """A quantized block: its linears by their names in it, and the scales folded in."""
+
+    linears: dict[str, Coded]
+    scales: list[FoldScale]
+
+
+# The scheme of a linear by its full name, None if it stays float.
+Schemes = Callable[[str], Scheme | None]
+
+
+def solve(
+    blocks: Sequence[LoadedBlock], method: Method, schemes: Schemes, trust: bool = False
+) -> list[SolvedBlock]:
+    """Quantize blocks; those of one structure and scheme are solved as one batch.
+
+    Args:
+        blocks: with their weights.
+        method: how to search.
+        schemes: how to code.
+        trust: keep what the method returns even where plain rounding would be better, for grids
+            that were found with moments that are not at hand now.
 
     Raises:
-        SalienceError: a weight that cannot be coded.
+        SalienceError: a weight that cannot be coded; scales to trust that change the function.
     """
-    plain = {name: _plain(block, name, prefix, moments[name], scheme) for name in linears(block)}
-    weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
-    chosen = fold_scales(block, method.prepare(weights, folds, moments, scheme), run)
-    return {
-        name: _code(block, name, prefix, method, scheme, moments[name], chosen, plain[name])
-        for name in linears(block)
-    }
+    kinds: dict[object, list[int]] = {}
+    for i, block in enumerate(blocks):
+        names = [name for group in block.structure.groups for name in group]
+        key = (id(block.structure), tuple(schemes(f"{block.name}.{name}") for name in names))
+        kinds.setdefault(key, []).append(i)
+    solved: dict[int, SolvedBlock] = {}
+    for indices in kinds.values():
+        same = [blocks[i] for i in indices]
+        solved.update(zip(indices, _solve_kind(same, method, schemes, trust), strict=True))
+    return [solved[i] for i in range(len(blocks))]
 
 
-def unit_moments(block: nn.Module, device: torch.device) -> dict[str, SecondMoment]:
-    """Moments of inputs of unit covariance, for a method that looks at no text."""
-    return {
-        name: SecondMoment(
-            torch.eye(linear.in_features, device=device),
-            torch.ones(linear.in_features, device=device),
-            1,
+def _solve_kind(
+    blocks: list[LoadedBlock], method: Method, schemes: Schemes, trust: bool
+) -> list[SolvedBlock]:
+    groups, folds = blocks[0].structure.groups, blocks[0].structure.folds
+    plain: dict[str, _Plain] = {}
+    found: list[list[FoldScale]] = [[] for _ in blocks]
+    nothing: list[list[FoldScale]] = [[] for _ in blocks]
+    for group in groups:
+        problems = _problems(blocks, group, schemes, nothing)
+        for problem in problems:
+            plain |= _plain(problem)
+        fold = next((fold for fold in folds if set(group) <= set(fold.sinks)), None)
+        if fold is not None and problems:
+            for choices, choice in zip(found, method.scales(problems, fold), strict=True):
+                choices += [choice] if choice is not None else []
+    kept = [_fold(block, choices, trust) for block, choices in zip(blocks, found, strict=True)]
+    coded: dict[str, Coded] = {}
+    for group in groups:
+        for problem in _problems(blocks, group, schemes, kept):
+            coded |= _code(problem, method, plain, _by_name(blocks, kept), trust)
+    return [
+        SolvedBlock(
+            {
+                name: coded[f"{block.name}.{name}"]
+                for group in groups
+                for name in group
+                if f"{block.name}.{name}" in coded
+            },
+            scales,
         )
-        for name, linear in linears(block).items()
-    }
+        for block, scales in zip(blocks, kept, strict=True)
+    ]
+
+
+def _problems(
+    blocks: list[LoadedBlock],
+    group: tuple[str, ...],
+    schemes: Schemes,
+    kept: list[list[FoldScale]],
+) -> list[Problem]:
+    """The linears of a group in all blocks, a problem for each scheme; moments of scaled inputs."""
+    of_scheme: dict[Scheme, list[str]] = {}
+    for name in group:
+        scheme = schemes(f"{blocks[0].name}.{name}")
+        if scheme is not None:
+            of_scheme.setdefault(scheme, []).append(name)
+    if not of_scheme:
+        return []
+    second = mean_abs = None
+    if blocks[0].moments:
+        moments = [block.moments[group[0]] for block in blocks]
+        second, mean_abs = _stack(m.second for m in moments), _stack(m.mean_abs for m in moments)
+        for i, choices in enumerate(kept):
+            own = next((c for c in choices if group[0] in c.fold.sinks), None)
+            if own is not None:
+                second[i] /= own.scales[:, None]
+                second[i] /= own.scales
+                mean_abs[i] /= own.scales
+    problems = []
+    for scheme, names in of_scheme.items():
+        weights = [[weight_of(b.module.get_submodule(name)) for name in names] for b in blocks]
+        problems.append(
+            Problem(
+                tuple(tuple(f"{block.name}.{name}" for name in names) for block in blocks),
+                _stack(torch.cat(rows) for rows in weights),
+                tuple(len(weight) for weight in weights[0]),
+                scheme,
+                second,
+                mean_abs,
+            )
+        )
+    return problems
+
+
+def _stack(tensors: Iterable[Tensor]) -> Tensor:
+    """torch.stack that does not copy a single fresh tensor."""
+    items = list(tensors)
+    return items[0][None] if len(items) == 1 else torch.stack(items)
+
+
+def _fold(block: LoadedBlock, choices: list[FoldScale], trust: bool) -> list[FoldScale]:
+    if not choices:
+        return []
+    if block.run is None:
+        raise SalienceError(f"scales for {block.name}, whose folds cannot be proved")
+    kept = fold_scales(block.module, choices, block.run)
+    if trust and len(kept) < len(choices):
+        raise SalienceError(f"scales for {block.name} change what it computes")
+    return kept
 
 
 def fold_scales(block: nn.Module, found: list[FoldScale], run: Run) -> list[FoldScale]:
     """Fold scales into a block, keeping those under which its output does not change."""
-    if not found:
-        return []
     reference = run()
     saved = snapshot(block, _touched(found))
     for choice in found:
@@ -112,65 +226,126 @@ def _touched(choices: list[FoldScale]) -> list[str]:
     return sorted({name for c in choices for name in (c.fold.prev, *c.fold.sinks)})
 
 
-def _plain(
-    block: nn.Module, name: str, prefix: str, moment: SecondMoment, scheme: Scheme
-) -> _Plain:
-    weight, second = block.get_submodule(name).get_parameter("weight").detach(), moment.second
-    try:
-        difference = grid.quantize(weight, scheme).dequantize() - weight
-    except SalienceError as error:
-        raise SalienceError(f"{prefix}.{name}: {error}") from None
-    return _Plain(
-        output_error(weight, second).sum().item(), output_error(difference, second).sum().item()
-    )
+@dataclass(frozen=True, slots=True)
+class _Plain:
+    """Of one linear: the energy of its output, and the error of rounding it to nearest."""
+
+    energy: float
+    error: float
+
+
+def _plain(problem: Problem) -> dict[str, _Plain]:
+    energy = output_error(problem.weight, problem.second)
+    error = output_error(_rounded(problem).sub_(problem.weight), problem.second)
+    sums = torch.stack([_by_linear(problem, energy), _by_linear(problem, error)], -1).tolist()
+    return {
+        name: _Plain(*values)
+        for names, block in zip(problem.names, sums, strict=True)
+        for name, values in zip(names, block, strict=True)
+    }
+
+
+def _rounded(problem: Problem) -> Tensor:
+    """Plain rounding, as values [batch, out, in]."""
+    weight, scheme = problem.weight, problem.scheme
+    made = full_grids(problem)
+    if not torch.isfinite(made.scales).all():
+        wide = (~torch.isfinite(made.scales)).any(-1).float()
+        rows = _by_linear(problem, wide).tolist()
+        name = next(
+            n
+            for i, names in enumerate(problem.names)
+            for n, bad in zip(names, rows[i], strict=True)
+            if bad
+        )
+        raise SalienceError(f"{name}: a group's range is too wide for an fp16 scale")
+    return grid.snap(grid.grouped(weight, scheme), made).flatten(-2)
+
+
+def _by_linear(problem: Problem, rows: Tensor) -> Tensor:
+    """Sums over the rows of each linear: [batch, out] to [batch, n]."""
+    return torch.stack([part.sum(-1) for part in rows.split(problem.rows, -1)], -1)
+
+
+def _by_name(
+    blocks: list[LoadedBlock], kept: list[list[FoldScale]]
+) -> dict[str, tuple[FoldScale | None, FoldScale | None]]:
+    """For each linear, the scale of its input and that of its output."""
+    found = {}
+    for block, choices in zip(blocks, kept, strict=True):
+        for name in (name for group in block.structure.groups for name in group):
+            into = next((c for c in choices if name in c.fold.sinks), None)
+            out = next((c for c in choices if name == c.fold.prev), None)
+            found[f"{block.name}.{name}"] = (into, out)
+    return found
 
 
 def _code(
-    block: nn.Module,
-    name: str,
-    prefix: str,
+    problem: Problem,
     method: Method,
-    scheme: Scheme,
-    moment: SecondMoment,
-    chosen: list[FoldScale],
-    plain: _Plain,
-) -> tuple[QTensor, LinearReport]:
-    weight = block.get_submodule(name).get_parameter("weight").detach()
-    own = next((choice for choice in chosen if name in choice.fold.sinks), None)
-    if own is not None:
-        moment = moment.scaled(own.scales)
-    rows = _row_divisor(weight, name, chosen)
-    rounded = grid.quantize(weight, scheme)
-    qt = method.quantize(weight, moment, scheme)
-    error = _error(qt, weight, moment, rows)
-    kept_rtn = not error <= plain.error
-    if kept_rtn:
-        qt, error = rounded, _error(rounded, weight, moment, rows)
-    energy = max(plain.energy, 1e-30)
-    return qt, LinearReport(
-        name=f"{prefix}.{name}",
-        in_features=weight.shape[1],
-        out_features=weight.shape[0],
-        scheme=str(scheme),
-        alpha=own.alpha if own else 0.0,
-        beta=own.beta if own else 0.0,
-        clip=(qt.scales.float() / rounded.scales.float()).mean().item(),
-        error_rtn=plain.error / energy,
-        error=error / energy,
-        kept_rtn=kept_rtn,
-    )
+    plain: dict[str, _Plain],
+    scales: dict[str, tuple[FoldScale | None, FoldScale | None]],
+    trust: bool,
+) -> dict[str, Coded]:
+    qtensors = method.codes(problem, method.grids(problem))
+    divisors = _row_divisors(problem, scales)
+    errors = _errors(problem, qtensors, divisors).tolist()
+    steps = full_grids(problem).scales.float()
+    narrowing = torch.stack([qt.scales for qt in qtensors]).float() / steps
+    clips = _by_linear(problem, narrowing.mean(-1)).tolist()
+    coded = {}
+    for i, names in enumerate(problem.names):
+        start = 0
+        for j, (name, count) in enumerate(zip(names, problem.rows, strict=True)):
+            rows = slice(start, start + count)
+            start += count
+            qt = _take_rows(qtensors[i], rows)
+            error, clip = errors[i][j], clips[i][j] / count
+            worse = not error <= plain[name].error and not trust
+            if worse:
+                weight = problem.weight[i, rows]
+                qt, clip = grid.quantize(weight, problem.scheme), 1.0
+                second = None if problem.second is None else problem.second[i]
+                rounding = output_error(qt.dequantize() - weight, second)
+                error = (rounding * divisors[i, rows].square()).sum().item()
+            energy = max(plain[name].energy, 1e-30)
+            into = scales[name][0]
+            report = LinearReport(
+                name=name,
+                in_features=problem.weight.shape[-1],
+                out_features=count,
+                scheme=str(problem.scheme),
+                alpha=into.alpha if into else 0.0,
+                beta=into.beta if into else 0.0,
+                clip=clip,
+                error_rtn=plain[name].error / energy,
+                error=error / energy,
+                kept_rtn=worse,
+            )
+            coded[name] = Coded(qt, report)
+    return coded
 
 
-def _row_divisor(weight: Tensor, name: str, chosen: list[FoldScale]) -> Tensor:
-    """What each row of a weight was divided by, as the source of another linear's scale: [out]."""
-    divisor = torch.ones(weight.shape[0], device=weight.device)
-    for choice in chosen:
-        if choice.fold.prev == name:
-            divisor[choice.fold.index.to(divisor.device)] = choice.scales
-    return divisor
+def _row_divisors(
+    problem: Problem, scales: dict[str, tuple[FoldScale | None, FoldScale | None]]
+) -> Tensor:
+    """What each row was divided by, as the source of another linear's scale: [batch, out]."""
+    divisors = torch.ones_like(problem.weight[..., 0])
+    for i, names in enumerate(problem.names):
+        start = 0
+        for name, count in zip(names, problem.rows, strict=True):
+            out = scales[name][1]
+            if out is not None:
+                divisors[i, start + out.fold.index.to(divisors.device)] = out.scales
+            start += count
+    return divisors
 
 
-def _error(qt: QTensor, weight: Tensor, moment: SecondMoment, rows: Tensor) -> float:
-    """Output error of the rows as they were before they were divided."""
-    errors = output_error(qt.dequantize() - weight, moment.second)
-    return (errors * rows.square()).sum().item()
+def _errors(problem: Problem, qtensors: list[QTensor], divisors: Tensor) -> Tensor:
+    """Output error of each linear, its rows as they were before they were divided: [batch, n]."""
+    difference = _stack(qt.dequantize() for qt in qtensors).sub_(problem.weight)
+    return _by_linear(problem, output_error(difference, problem.second).mul_(divisors.square()))
+
+
+def _take_rows(qt: QTensor, rows: slice) -> QTensor:
+    return QTensor(qt.q[rows], qt.scales[rows], qt.zeros[rows], qt.scheme, qt.g_idx)

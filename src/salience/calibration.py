@@ -4,7 +4,9 @@ The search needs typical inputs, not much of them: 128 sequences of 512 tokens a
 habit. Which text was used is part of the result and goes into its report.
 
 Blocks are run on float inputs throughout (AWQ as published): the input of a block is the output of
-the float block before it, so nothing found in one block changes what another one sees.
+the float block before it, so nothing found in one block changes what another one sees. The size of
+a micro-batch is fixed by the shape of the text and the kind of device, and not by free memory: a
+sum of floats in another order is another sum.
 """
 
 import json
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from salience.errors import SalienceError
 
 DEFAULT_TEXT = "pydoc"
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
 # Read at most this many characters for each token asked for; a token is about four.
 _CHARACTERS_PER_TOKEN = 64
 
@@ -143,24 +146,18 @@ class _StopForwardError(Exception):
     """Unwinds the model's forward once the last block was reached."""
 
 
-@dataclass(frozen=True, slots=True)
-class BlockInputs:
-    """What the model hands its blocks: hidden states, and each block's other arguments.
-
-    Args:
-        hidden: [samples, seqlen, hidden].
-        arguments: for each block, its (args, kwargs) after the hidden states, for a micro-batch.
-        batch: sequences in a micro-batch.
-    """
-
-    hidden: Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    batch: int
+# The (args, kwargs) of a block after the hidden states, for a micro-batch.
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def block_inputs(
-    model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, batch: int, device: torch.device
-) -> BlockInputs:
+def record_inputs(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    batch: int,
+    device: torch.device,
+    keep: Callable[[int, Tensor], None],
+) -> list[Arguments]:
     """Run what comes before the first block, and record how each block is called.
 
     Every block is replaced by a stub that notes its arguments and passes the hidden states on, so
@@ -169,22 +166,26 @@ def block_inputs(
     Args:
         model: a skeleton whose modules before the blocks hold their weights.
         tokens: [samples, seqlen]; samples must be a multiple of `batch`.
+        batch: sequences in a micro-batch.
+        keep: called with the number of each micro-batch and its hidden states.
+
+    Returns:
+        The arguments of each block.
 
     Raises:
         SalienceError: arguments that depend on the text, which cannot be recorded once.
     """
     recorder = _Recorder(len(blocks))
     handles = [block.register_forward_pre_hook(recorder, with_kwargs=True) for block in blocks]
-    hidden = []
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    arguments: list[Arguments] | None = None
     try:
         for block in blocks:
             block.forward = _pass_through
-        for part in tokens.split(batch):
+        for number, part in enumerate(tokens.split(batch)):
             recorder.start()
             with suppress(_StopForwardError):
                 model(input_ids=part.to(device), use_cache=False)
-            hidden.append(recorder.hidden)
+            keep(number, recorder.hidden)
             if arguments is None:
                 arguments = recorder.calls
             elif not _same(arguments, recorder.calls):
@@ -196,7 +197,7 @@ def block_inputs(
         for block, handle in zip(blocks, handles, strict=True):
             handle.remove()
             vars(block).pop("forward", None)  # the class's own forward shows again
-    return BlockInputs(torch.cat(hidden), arguments or [], batch)
+    return arguments or []
 
 
 def _pass_through(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
@@ -208,7 +209,7 @@ class _Recorder:
 
     def __init__(self, blocks: int) -> None:
         self._blocks = blocks
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Arguments] = []
         self.hidden = torch.empty(0)
 
     def start(self) -> None:
@@ -239,13 +240,17 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
-def run_block(
-    block: nn.Module, hidden: Tensor, arguments: tuple[tuple[Any, ...], dict[str, Any]]
-) -> Tensor:
+def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     """The output hidden states of one block for one micro-batch [batch, seqlen, hidden]."""
     args, kwargs = arguments
     out = block(hidden, *args, **kwargs)
     return out if isinstance(out, Tensor) else out[0]
+
+
+def micro_batch(samples: int, seqlen: int, device: torch.device) -> int:
+    """The most sequences at once that divide the samples and stay within a budget of tokens."""
+    limit = max(1, MICRO_BATCH_TOKENS[device.type] // seqlen)
+    return max(n for n in range(1, min(limit, samples) + 1) if samples % n == 0)
 
 
 def observe(

@@ -1,27 +1,15 @@
-"""Checkpoints on disk: read lazily a tensor at a time, written a shard at a time.
-
-Reading never holds more than the tensor asked for. Writing goes to a temporary folder beside the
-target, which takes the target's name only when everything in it is on the disk: whoever looks
-sees the whole checkpoint or none.
-"""
+"""Checkpoints on disk, read lazily: never more is held than the tensor asked for."""
 
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from salience.errors import SalienceError
-from salience.machine import free_disk_bytes
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -237,150 +225,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise SalienceError(f"{path} should hold a JSON object")
     return value
-
-
-class ShardWriter:
-    """Write a checkpoint folder that appears whole or not at all.
-
-    Use as a context manager: tensors and files go to a temporary folder beside `out`; leaving the
-    block without an error renames it to `out`, leaving with one removes it.
-
-    Args:
-        out: the folder to make; it must not exist or must be empty.
-        shard_bytes: a shard is written when this much is waiting, so about that much memory is
-            held.
-
-    Raises:
-        SalienceError: `out` is taken, or the disk is full or not writable.
-    """
-
-    def __init__(self, out: Path, shard_bytes: int = 2**29) -> None:
-        self.out = out.resolve()  # a link or "." cannot be renamed to
-        self.folder = self.out.parent / f".{self.out.name}.{secrets.token_hex(4)}"
-        self._shard_bytes = shard_bytes
-        self._waiting: dict[str, Tensor] = {}
-        self._shards: list[tuple[Path, list[str]]] = []
-        self._total = 0
-
-    def __enter__(self) -> "ShardWriter":
-        check_free(self.out)
-        try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
-            self.folder.mkdir()
-        except OSError as error:
-            raise SalienceError(f"cannot write to {self.out.parent}: {error.strerror}") from None
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
-            try:
-                self._finish()
-            except BaseException:
-                shutil.rmtree(self.folder, ignore_errors=True)
-                raise
-        else:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; it is copied to the CPU now."""
-        tensor = tensor.detach().contiguous().cpu()
-        self._waiting[name] = tensor
-        if sum(t.nbytes for t in self._waiting.values()) >= self._shard_bytes:
-            self._flush()
-
-    def write_json(self, name: str, value: object) -> None:
-        """Write a JSON file into the checkpoint."""
-        text = json.dumps(value, indent=2, sort_keys=False, ensure_ascii=False) + "\n"
-        with disk_errors(self.out):
-            (self.folder / name).write_text(text, encoding="utf-8")
-
-    def _flush(self) -> None:
-        if not self._waiting:
-            return
-        file = self.folder / f"shard-{len(self._shards)}"
-        with disk_errors(self.out):
-            save_file(self._waiting, file, metadata={"format": "pt"})
-            # safetensors makes its files private; these are as readable as any other new file.
-            file.chmod(self.folder.stat().st_mode & 0o666)
-        self._total += sum(t.nbytes for t in self._waiting.values())
-        self._shards.append((file, list(self._waiting)))
-        self._waiting = {}
-
-    def _finish(self) -> None:
-        self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        with disk_errors(self.out):
-            for i, (file, names) in enumerate(self._shards, start=1):
-                final = f"model-{i:05d}-of-{count:05d}.safetensors"
-                final = final if count > 1 else "model.safetensors"
-                file.rename(self.folder / final)
-                weight_map.update(dict.fromkeys(names, final))
-        if count > 1:
-            metadata = {"total_size": self._total}
-            self.write_json(INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
-        with disk_errors(self.out):
-            for file in _files_below(self.folder):
-                _sync(file)
-            self.folder.rename(self.out)
-            _sync(self.out.parent)
-
-
-def check_free(out: Path) -> None:
-    """Refuse an output that cannot become the checkpoint's folder.
-
-    Raises:
-        SalienceError: `out` is a file, a folder that is not empty, or where a disk is mounted.
-    """
-    try:
-        taken = any(out.iterdir()) if out.is_dir() else out.exists()
-    except OSError as error:
-        raise SalienceError(f"output {out} cannot be used: {error.strerror}") from None
-    if taken:
-        raise SalienceError(f"output {out} exists and is not an empty folder; name another")
-    if os.path.ismount(out):
-        raise SalienceError(f"a disk is mounted at output {out}; name a new folder in it")
-
-
-def check_disk(out: Path, need: int) -> None:
-    """Refuse to start what the disk cannot hold.
-
-    Raises:
-        SalienceError: fewer than `need` bytes are free where `out` would be.
-    """
-    free = free_disk_bytes(out)
-    if free < need:
-        raise SalienceError(
-            f"the disk of {out} has {free / 2**20:.0f} MiB free and the checkpoint needs "
-            f"{need / 2**20:.0f} MiB; free some or name another output"
-        )
-
-
-@contextmanager
-def disk_errors(out: Path) -> Iterator[None]:
-    """Turn an error of the disk into one line that names the output.
-
-    Raises:
-        SalienceError: instead of the error.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise SalienceError(f"writing {out} failed: {error}") from error
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

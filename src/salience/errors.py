@@ -14,3 +14,7 @@ class DoesNotFitError(SalienceError):
     """The work needs more memory than there is. The command line exits with 3."""
 
     exit_code = 3
+
+
+class StorageError(SalienceError):
+    """A disk that is full, gone or not writable. What was written before is kept."""

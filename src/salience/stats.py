@@ -53,12 +53,14 @@ class SecondMoment:
         """E[|x|] [in]."""
         return self.abs_sum / max(self.count, 1)
 
-    def scaled(self, divisor: Tensor) -> "SecondMoment":
-        """The moment of x / divisor [in]."""
-        gram = self.gram / divisor[:, None] / divisor[None, :]
-        return SecondMoment(gram, self.abs_sum / divisor, self.count)
 
+def output_error(difference: Tensor, second: Tensor | None) -> Tensor:
+    """E[(d x)^2] for each row d of `difference` [..., out, in]: [..., out].
 
-def output_error(difference: Tensor, second: Tensor) -> Tensor:
-    """E[(d x)^2] for each row d of `difference` [out, in], with H = `second`: [out]."""
+    Args:
+        difference: of two weights.
+        second: H of x, [..., in, in]; None for inputs of unit covariance.
+    """
+    if second is None:
+        return difference.square().sum(-1)
     return (difference @ second).mul_(difference).sum(-1).clamp_(min=0)

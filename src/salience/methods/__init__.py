@@ -1,22 +1,50 @@
-"""Quantization methods, one file each. Adding one is a file and its name in `METHODS`."""
+"""Quantization methods, one file each. Adding one is a file and its name in `METHODS`.
+
+A method is three functions (see `base`), so that they combine: GPTQ's codes go with AWQ's clipped
+grids, and with its scales too, which is the effort "balanced".
+"""
 
 from salience.errors import SalienceError
-from salience.methods.awq import Awq
-from salience.methods.base import FoldScale, Method
-from salience.methods.rtn import Rtn
+from salience.methods.awq import search_grids, search_scales
+from salience.methods.base import FoldScale, Method, Problem, full_grids
+from salience.methods.gptq import compensate
+from salience.methods.rtn import RTN
 
-METHODS: tuple[Method, ...] = (Awq(), Rtn())
+AWQ = Method("awq", search_scales, search_grids)
+GPTQ = Method("gptq", grids=search_grids, codes=compensate, reads_moments_to_code=True)
+AWQ_GPTQ = Method("awq+gptq", search_scales, search_grids, compensate, reads_moments_to_code=True)
 
-__all__ = ["METHODS", "Awq", "FoldScale", "Method", "Rtn", "get_method"]
+METHODS: tuple[Method, ...] = (AWQ, GPTQ, RTN)
+# What each effort makes of a method.
+EFFORTS = {"fast": {m.name: m for m in METHODS}, "balanced": {"awq": AWQ_GPTQ}}
+
+__all__ = [
+    "AWQ",
+    "AWQ_GPTQ",
+    "EFFORTS",
+    "GPTQ",
+    "METHODS",
+    "RTN",
+    "FoldScale",
+    "Method",
+    "Problem",
+    "full_grids",
+    "get_method",
+]
 
 
-def get_method(name: str) -> Method:
-    """The method called `name`.
+def get_method(name: str, effort: str = "fast") -> Method:
+    """The method called `name`, with an effort.
 
     Raises:
-        SalienceError: there is none.
+        SalienceError: there is none, or it has no such effort.
     """
-    for method in METHODS:
-        if method.name == name:
-            return method
-    raise SalienceError(f"there is no method {name!r}; use {' or '.join(m.name for m in METHODS)}")
+    if effort not in EFFORTS:
+        raise SalienceError(f"there is no effort {effort!r}; use {' or '.join(EFFORTS)}")
+    if name not in EFFORTS["fast"]:
+        names = " or ".join(m.name for m in METHODS)
+        raise SalienceError(f"there is no method {name!r}; use {names}")
+    if name not in EFFORTS[effort]:
+        fits = " or ".join(EFFORTS[effort])
+        raise SalienceError(f"--effort {effort} is for --method {fits}, not {name}")
+    return EFFORTS[effort][name]

@@ -28,106 +28,76 @@ more than the independent search. Perplexity at 4 bits with independent ranges w
 20.06 (before the 6 % rule; float 18.46, plain rounding 23.09).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from salience import grid
-from salience.methods.base import FoldScale
-from salience.qtensor import QTensor
+from salience.grid import Grid
+from salience.methods.base import FoldScale, Problem, full_grids
 from salience.scheme import Scheme
-from salience.stats import SecondMoment, output_error
+from salience.stats import output_error
 from salience.structure import Fold
 
 # (alpha, beta) of s = a^alpha / w^beta, from mild to strong. The first is the identity.
 EXPONENTS = ((0.0, 0.0), *((i / 10, beta) for i in range(1, 7) for beta in (0.0, i / 10)))
 STRONGER_MUST_GAIN = 0.06
 CLIP_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
-# Trial weights at a time: what bounds the temporaries.
-_TILE_WEIGHTS = {"cpu": 2**20, "cuda": 2**26}
+# Weights in work at a time: what bounds the temporaries. Fixed, and not a matter of how much memory
+# is free, because a product may differ in its last bit with the number of its rows.
+_TILE_WEIGHTS = {"cpu": 2**22, "cuda": 2**27}
+_TILE_CANDIDATES = {"cpu": 2**20, "cuda": 2**26}  # weights times clip ratios
 
 
-@dataclass(frozen=True, slots=True)
-class Awq:
-    """Activation-aware scales, then clipped ranges."""
-
-    name: str = "awq"
-
-    def prepare(
-        self,
-        weights: dict[str, Tensor],
-        folds: Sequence[Fold],
-        moments: dict[str, SecondMoment],
-        scheme: Scheme,
-    ) -> list[FoldScale]:
-        """The scale of each fold whose best scale is not the identity."""
-        chosen = []
-        for fold in folds:
-            sinks = [weights[name] for name in fold.sinks]
-            choice = search_scale(sinks, fold, moments[fold.sinks[0]], scheme)
-            if choice is not None:
-                chosen.append(choice)
-        return chosen
-
-    def quantize(self, weight: Tensor, moment: SecondMoment, scheme: Scheme) -> QTensor:
-        """Code a weight [out, in] with clipped ranges."""
-        lo, hi = search_clip(weight, moment.second, scheme)
-        return grid.encode(weight, grid.make_grid(lo, hi, scheme), scheme)
-
-
-def search_scale(
-    weights: list[Tensor], fold: Fold, moment: SecondMoment, scheme: Scheme
-) -> FoldScale | None:
-    """The best scale of the inputs of `weights` (each [out, in], one common input), or None for 1.
+def search_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | None]:
+    """The best scale of a common input, for each block; None where that is 1.
 
     Args:
-        weights: the fold's sinks.
+        problems: the sinks of the fold, those of one scheme in one problem.
         fold: which input channels must share a scale.
-        moment: of the common input.
-        scheme: the grid to round to.
     """
-    joint = torch.cat(weights)
-    rows = [len(weight) for weight in weights]
-    second = moment.second
-    activation = _tie(moment.mean_abs, fold.index).clamp(min=1e-8)
-    room = _tie(_relative_magnitude(joint, scheme), fold.index).clamp(min=1e-4)
-    plain: Tensor | None = None
-    best: tuple[float, FoldScale | None] = (float("inf"), None)
-    for alpha, beta in EXPONENTS:
-        scales = activation**alpha / room**beta
-        scales = scales / (scales.max() * scales.min()).sqrt()
-        if not torch.isfinite(scales).all():
-            continue
-        difference = _round(joint * scales, scheme).div_(scales).sub_(joint)
-        errors = torch.stack([e.sum() for e in output_error(difference, second).split(rows)])
-        if plain is None:
-            plain = errors
-        total = errors.sum().item()
-        if (errors <= plain).all() and total < best[0] * (1 - STRONGER_MUST_GAIN):
-            best = (total, FoldScale(fold, scales, alpha, beta) if alpha or beta else None)
-    return best[1]
+    first = problems[0]
+    if first.mean_abs is None:
+        return [None] * len(first.names)
+    activation = _tie(first.mean_abs, fold.index).clamp(min=1e-8)
+    room = _tie(_relative_magnitude(problems), fold.index).clamp(min=1e-4)
+    plain = _scaled_errors(problems, torch.ones_like(activation))
+    best = plain.sum(-1)
+    scales = torch.ones_like(activation)
+    exponents = torch.zeros(len(best), 2, device=best.device)
+    for alpha, beta in EXPONENTS[1:]:
+        tried = activation**alpha / room**beta
+        tried = tried / (tried.amax(-1, keepdim=True) * tried.amin(-1, keepdim=True)).sqrt()
+        errors = _scaled_errors(problems, tried)
+        total = errors.sum(-1)
+        better = (errors <= plain).all(-1) & (total < best * (1 - STRONGER_MUST_GAIN))
+        better &= torch.isfinite(tried).all(-1)
+        best = torch.where(better, total, best)
+        scales = torch.where(better[:, None], tried, scales)
+        exponents[better] = torch.tensor((alpha, beta), device=best.device)
+    chosen = exponents.tolist()
+    return [
+        FoldScale(fold, scales[i], alpha, beta) if alpha or beta else None
+        for i, (alpha, beta) in enumerate(chosen)
+    ]
 
 
-def search_clip(weight: Tensor, second: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
-    """The range of each group of `weight` [out, in] that lowers the output error most.
-
-    Args:
-        weight: fp32 [out, in].
-        second: H of its input, fp32 [in, in].
-        scheme: the grid to round to.
-
-    Returns:
-        lo and hi, fp32 [out, groups].
-    """
-    size = scheme.group_columns(weight.shape[1])
-    rows = max(1, _TILE_WEIGHTS[weight.device.type] // (len(CLIP_RATIOS) * size))
-    parts = [_clip_rows(part, second, scheme) for part in weight.split(rows)]
-    return torch.cat([lo for lo, _ in parts]), torch.cat([hi for _, hi in parts])
+def search_grids(problem: Problem) -> Grid:
+    """The grid of each group that lowers the output error most: [batch, out, groups]."""
+    weight, scheme, second = problem.weight, problem.scheme, problem.second
+    if second is None:
+        return full_grids(problem)
+    size = scheme.group_columns(weight.shape[-1])
+    held = len(CLIP_RATIOS) * size * len(weight)
+    rows = max(1, _TILE_CANDIDATES[weight.device.type] // held)
+    parts = [_clip_rows(part, second, scheme) for part in weight.split(rows, dim=1)]
+    lo, hi = (torch.cat([part[end] for part in parts], 1) for end in (0, 1))
+    return grid.make_grid(lo, hi, scheme)
 
 
 def _clip_rows(weight: Tensor, second: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The range of each group of some rows, lo and hi [batch, rows, groups]."""
     lo, hi = grid.value_range(weight, scheme)
     error = _round(weight, scheme).sub_(weight)
     product = error @ second  # kept equal to error @ second as the error changes
@@ -136,53 +106,84 @@ def _clip_rows(weight: Tensor, second: Tensor, scheme: Scheme) -> tuple[Tensor, 
     # Both ends together, then each alone; a symmetric grid has only the first.
     moves = [(ratios, ratios)] if scheme.sym else [(ratios, ratios), (ratios, one), (one, ratios)]
     for group, columns in enumerate(_columns(weight, scheme)):
-        own = second[columns, columns]
-        part, old = weight[:, columns], error[:, columns]
-        others = 2 * (product[:, columns] - old @ own)
-        low, high, new = lo[:, group].clone(), hi[:, group].clone(), old
+        own = second[:, columns, columns]
+        part, old = weight[..., columns], error[..., columns]
+        others = 2 * (product[..., columns] - old @ own)
+        low, high, new = lo[..., group], hi[..., group], old
         for shrink_low, shrink_high in moves:
             # A move of one end restarts from the group's own range at that end.
-            lows = (lo[:, group] if shrink_low is ratios else low) * shrink_low
-            highs = (hi[:, group] if shrink_high is ratios else high) * shrink_high
+            lows = (lo[..., group] if shrink_low is ratios else low)[:, None] * shrink_low
+            highs = (hi[..., group] if shrink_high is ratios else high)[:, None] * shrink_high
             tried = grid.make_grid(lows[..., None], highs[..., None], scheme)
-            errors = grid.snap(part[:, None], tried)[:, :, 0].sub_(part)
-            cost = (errors @ own).add_(others).mul_(errors).sum(-1)  # [ratios, rows]
-            cost = torch.cat([cost, (new @ own).add_(others).mul_(new).sum(-1)[None]])
-            best = cost.argmin(0)
-            lows, highs = torch.cat([lows, low[None]]), torch.cat([highs, high[None]])
-            low, high = _take(lows, best), _take(highs, best)
-            new = _take(torch.cat([errors, new[None]]), best)
-        product += (new - old) @ second[columns]
-        error[:, columns] = new
-        lo[:, group], hi[:, group] = low, high
+            errors = grid.snap(part[:, None, :, None], tried)[..., 0, :].sub_(part[:, None])
+            cost = torch.cat([_cost(errors, own, others), _cost(new[:, None], own, others)], 1)
+            best = cost.argmin(1, keepdim=True)  # [batch, 1, rows]
+            low = torch.cat([lows, low[:, None]], 1).gather(1, best)[:, 0]
+            high = torch.cat([highs, high[:, None]], 1).gather(1, best)[:, 0]
+            new = _take(torch.cat([errors, new[:, None]], 1), best)
+        product += (new - old) @ second[:, columns]
+        error[..., columns] = new
+        lo[..., group], hi[..., group] = low, high
     return lo, hi
 
 
-def _columns(weight: Tensor, scheme: Scheme) -> list[slice]:
-    size = scheme.group_columns(weight.shape[1])
-    return [slice(start, start + size) for start in range(0, weight.shape[1], size)]
+def _cost(errors: Tensor, own: Tensor, others: Tensor) -> Tensor:
+    """What errors [batch, tries, rows, size] add to e H e^T, but for a constant: [..., rows]."""
+    product = (errors.flatten(1, 2) @ own).view_as(errors)
+    return product.add_(others[:, None]).mul_(errors).sum(-1)
 
 
 def _take(candidates: Tensor, index: Tensor) -> Tensor:
-    """candidates[index[r], r] for each row r."""
-    return candidates[index, torch.arange(len(index), device=index.device)]
+    """candidates[b, index[b, 0, r], r] of [batch, tries, rows, size]: [batch, rows, size]."""
+    size = candidates.shape[-1]
+    return candidates.gather(1, index[..., None].expand(-1, -1, -1, size))[:, 0]
+
+
+def _columns(weight: Tensor, scheme: Scheme) -> list[slice]:
+    size = scheme.group_columns(weight.shape[-1])
+    return [slice(start, start + size) for start in range(0, weight.shape[-1], size)]
+
+
+def _tiles(problem: Problem) -> Iterator[Tensor]:
+    batch, _, columns = problem.weight.shape
+    rows = max(1, _TILE_WEIGHTS[problem.weight.device.type] // (batch * columns))
+    yield from problem.weight.split(rows, dim=1)
+
+
+def _scaled_errors(problems: Sequence[Problem], scales: Tensor) -> Tensor:
+    """Output error of plain rounding under scales [batch, in], for each linear: [batch, n]."""
+    scales = scales[:, None]
+    found = []
+    for problem in problems:
+        errors = []
+        for part in _tiles(problem):
+            rounded = _round(part * scales, problem.scheme).div_(scales)
+            errors.append(output_error(rounded.sub_(part), problem.second))
+        found += [each.sum(-1) for each in torch.cat(errors, -1).split(problem.rows, -1)]
+    return torch.stack(found, -1)
 
 
 def _round(weight: Tensor, scheme: Scheme) -> Tensor:
     steps = grid.make_grid(*grid.value_range(weight, scheme), scheme)
-    return grid.snap(grid.grouped(weight, scheme), steps).flatten(1)
+    return grid.snap(grid.grouped(weight, scheme), steps).flatten(-2)
 
 
-def _relative_magnitude(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Mean over rows of |w| / largest |w| of its group: [in]."""
-    magnitude = grid.grouped(weight.abs(), scheme)
-    largest = magnitude.amax(-1, keepdim=True)
-    return (magnitude / largest.clamp(min=1e-12)).flatten(1).mean(0)
+def _relative_magnitude(problems: Sequence[Problem]) -> Tensor:
+    """Mean over rows of |w| / largest |w| of its group: [batch, in]."""
+    total = torch.zeros_like(problems[0].weight[:, 0])
+    for problem in problems:
+        for part in _tiles(problem):
+            magnitude = grid.grouped(part.abs(), problem.scheme)
+            largest = magnitude.amax(-1, keepdim=True).clamp(min=1e-12)
+            total += magnitude.div_(largest).flatten(-2).sum(1)
+    return total / sum(problem.weight.shape[1] for problem in problems)
 
 
 def _tie(values: Tensor, index: Tensor) -> Tensor:
-    """Replace each value by the mean over the channels that must share it."""
+    """The mean of the values [batch, in] of each channel of the fold's source, for all it feeds."""
     index = index.to(values.device)
-    total = torch.zeros(int(index.max()) + 1, device=values.device)
-    count = total.index_add(0, index, torch.ones_like(values))
-    return (total.index_add(0, index, values) / count.clamp(min=1))[index]
+    total = values.new_zeros(len(values), int(index.max()) + 1)
+    count = values.new_zeros(total.shape[-1])
+    total.index_add_(1, index, values)
+    count.index_add_(0, index, torch.ones_like(values[0]))
+    return (total / count.clamp(min=1))[:, index]

@@ -1,15 +1,49 @@
-"""What a quantization method is: two verbs."""
+"""What a quantization method is: three functions, any of which another method may share.
 
-from collections.abc import Sequence
+    scales   which input channels to multiply (and their source to divide): same function, easier
+             weights
+    grids    scale and zero of each group
+    codes    which point of the grid each weight becomes
+
+Rounding to nearest searches nothing; AWQ searches scales and grids; GPTQ searches codes; the
+effort "balanced" is the scales and grids of the one with the codes of the other.
+
+All three work on a batch of problems of one shape. On a GPU most of their time is the start of
+small kernels, so the blocks of a small model are solved side by side; of a large model, and on a
+CPU, the batch is one block.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from torch import Tensor
 
+from salience import grid
+from salience.grid import Grid
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
-from salience.stats import SecondMoment
 from salience.structure import Fold
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Problem:
+    """Linears that share one input and one scheme, in each of `batch` blocks.
+
+    Args:
+        names: full names of the linears, for each block.
+        weight: their rows one below the other, fp32 [batch, out, in].
+        rows: how many rows each linear has.
+        scheme: how they are coded.
+        second: H of the input, fp32 [batch, in, in]; None for unit covariance (no text was read).
+        mean_abs: E[|x|] of the input, fp32 [batch, in]; None likewise.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    weight: Tensor
+    rows: tuple[int, ...]
+    scheme: Scheme
+    second: Tensor | None = None
+    mean_abs: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,29 +56,42 @@ class FoldScale:
     beta: float
 
 
-class Method(Protocol):
-    """First the same function with easier weights, then the codes."""
+def no_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | None]:
+    """Leave the weights as they are."""
+    return [None] * len(problems[0].names)
 
-    @property
-    def name(self) -> str: ...
 
-    def prepare(
-        self,
-        weights: dict[str, Tensor],
-        folds: Sequence[Fold],
-        moments: dict[str, SecondMoment],
-        scheme: Scheme,
-    ) -> list[FoldScale]:
-        """The scales to fold into a block.
+def full_grids(problem: Problem) -> Grid:
+    """Grids from the smallest to the largest weight of each group: [batch, out, groups]."""
+    return grid.make_grid(*grid.value_range(problem.weight, problem.scheme), problem.scheme)
 
-        Args:
-            weights: fp32 [out, in] of each linear of the block, by name.
-            folds: the folds the block allows.
-            moments: of the input of each linear.
-            scheme: how the weights will be coded.
-        """
-        ...
 
-    def quantize(self, weight: Tensor, moment: SecondMoment, scheme: Scheme) -> QTensor:
-        """Code one folded weight, fp32 [out, in], with the moment of its folded input."""
-        ...
+def nearest(problem: Problem, grids: Grid) -> list[QTensor]:
+    """Round each weight to the nearest point of its group's grid."""
+    return [
+        grid.encode(weight, Grid(scales, zeros, grids.levels), problem.scheme)
+        for weight, scales, zeros in zip(problem.weight, grids.scales, grids.zeros, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A method by its parts.
+
+    Args:
+        name: on the command line.
+        scales: of the inputs of `problems`, which differ in scheme alone; for each block the scale,
+            or None for none.
+        grids: of each group, [batch, out, groups].
+        codes: one QTensor a block, of all rows.
+        reads_text: whether it needs calibration text. Problems of a method that does not are
+            single linears of unit input covariance.
+        reads_moments_to_code: whether `codes` needs the text even when scales and grids are known.
+    """
+
+    name: str
+    scales: Callable[[Sequence[Problem], Fold], list[FoldScale | None]] = no_scales
+    grids: Callable[[Problem], Grid] = full_grids
+    codes: Callable[[Problem, Grid], list[QTensor]] = nearest
+    reads_text: bool = True
+    reads_moments_to_code: bool = False

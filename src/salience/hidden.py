@@ -1,0 +1,93 @@
+"""The hidden states of all calibration sequences on their way from block to block.
+
+They are the one thing in memory that grows with the calibration text: samples x seqlen x hidden
+floats. Where that is too much they stay on the disk, in the journal's folder, and are read and
+written a micro-batch at a time (by plain reads, so that the memory they take is the operating
+system's to give and take). Where they fit they stay on the device, and a copy is put on the disk
+now and then: what a kill costs is the forward passes since.
+"""
+
+import time
+
+import numpy
+import torch
+from torch import Tensor
+
+from salience.journal import Journal
+from salience.writer import disk_errors
+
+SAVE_SECONDS = 60.0
+
+
+class HiddenStates:
+    """fp32 [samples, seqlen, hidden], in micro-batches; they enter block `index`.
+
+    Args:
+        journal: where they are kept on the disk.
+        shape: [samples, seqlen, hidden].
+        batch: sequences in a micro-batch; it divides the samples.
+        device: where micro-batches are wanted.
+        on_disk: do not hold them in memory.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        shape: tuple[int, int, int],
+        batch: int,
+        device: torch.device,
+        on_disk: bool,
+    ) -> None:
+        self.index = 0
+        self._journal, self._shape, self._batch, self._device = journal, shape, batch, device
+        self._tensor = None if on_disk else torch.empty(shape, device=device)
+        self._saved_at = time.monotonic()
+
+    @property
+    def parts(self) -> int:
+        """How many micro-batches there are."""
+        return self._shape[0] // self._batch
+
+    def load(self, index: int) -> None:
+        """Go on from hidden states that are on the disk."""
+        self.index = index
+        if self._tensor is not None:
+            self._tensor.copy_(self._journal.load_hidden(index, self._shape))
+
+    def first(self, part: int, hidden: Tensor) -> None:
+        """Keep micro-batch `part` of what enters the first block; parts come in order."""
+        self._keep(0, part, hidden)
+
+    def get(self, part: int) -> Tensor:
+        """Micro-batch `part`, [batch, seqlen, hidden] on the device."""
+        if self._tensor is not None:
+            return self._tensor[part * self._batch : (part + 1) * self._batch]
+        _, seqlen, width = self._shape
+        count = self._batch * seqlen * width
+        values = numpy.fromfile(
+            self._journal.hidden_file(self.index), numpy.float32, count, offset=4 * part * count
+        )
+        return torch.from_numpy(values).view(self._batch, seqlen, width).to(self._device)
+
+    def put(self, part: int, hidden: Tensor) -> None:
+        """Micro-batch `part` of the block's output; parts come in order."""
+        self._keep(self.index + 1, part, hidden)
+
+    def advance(self) -> None:
+        """All parts of the block's output were put: they now enter the next block."""
+        self.index += 1
+        if self._tensor is not None and time.monotonic() - self._saved_at > SAVE_SECONDS:
+            self._journal.save_hidden(self.index, self._tensor)
+            self._saved_at = time.monotonic()
+
+    def _keep(self, index: int, part: int, hidden: Tensor) -> None:
+        if self._tensor is not None:
+            self._tensor[part * self._batch : (part + 1) * self._batch] = hidden
+            return
+        file = self._journal.hidden_file(index)
+        growing = file.with_name(f"{file.name}.growing")
+        with disk_errors(file):
+            with growing.open("ab" if part else "wb") as stream:
+                stream.write(memoryview(hidden.float().cpu().contiguous().numpy()).cast("B"))
+            if part == self.parts - 1:
+                growing.rename(file)

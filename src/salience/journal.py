@@ -1,0 +1,172 @@
+"""A long work that any interruption leaves where it was.
+
+Beside the output OUT, until it is whole, lies the folder OUT.partial:
+
+    job.json                  what is being made: model, options, versions
+    block-00007.safetensors   what was made of a block, and with it
+    block-00007.json          its record; a block is done when this is there
+    hidden-00007.bin          the hidden states that enter a block, from time to time
+    final/                    the checkpoint, put together when all blocks are done
+    published                 says that `final` is whole and takes the name OUT
+
+Every file appears whole under its name or not at all, so a kill at any moment leaves a state of
+this list, and the same command goes on from it. Another command is told what differs.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import safe_open
+from torch import Tensor
+
+from salience.checkpoint import read_json
+from salience.errors import DoesNotFitError, SalienceError, StorageError
+from salience.writer import check_free, disk_errors, replacing, sync, write_json, write_tensors
+
+
+_CONTINUABLE = (StorageError, DoesNotFitError)
+
+
+class Journal:
+    """The folder beside an output that is being made. Use as a context manager.
+
+    Args:
+        out: the checkpoint folder to make.
+        job: what decides the bytes of the result, as plain JSON values by the option's name.
+
+    Raises:
+        SalienceError: `out` is taken, another process is at it, or it was begun as another job.
+        StorageError: the folder cannot be written.
+    """
+
+    def __init__(self, out: Path, job: Mapping[str, Any]) -> None:
+        self.out = out.resolve()  # a link or "." cannot be renamed to
+        self.folder = self.out.parent / f"{self.out.name}.partial"
+        self.final = self.folder / "final"
+        self._published = self.folder / "published"
+        self._job = dict(job)
+        self._lock = FileLock(self.folder / "lock", timeout=0)
+
+    def __enter__(self) -> "Journal":
+        if not self._published.exists():
+            check_free(self.out)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            raise SalienceError(f"another process is making {self.out}; wait for it") from None
+        except OSError as error:
+            raise StorageError(f"cannot write to {self.folder}: {error.strerror}") from None
+        try:
+            self._begin()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Bad input leaves nothing. What can be continued is kept: a full disk, Ctrl-C, a crash.
+        if kind is not None and (
+            not issubclass(kind, SalienceError) or issubclass(kind, _CONTINUABLE)
+        ):
+            self._lock.release()
+            return
+        for path in self.folder.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path != self._published:
+                path.unlink()
+        self._published.unlink(missing_ok=True)
+        self._lock.release()
+        self.folder.rmdir()
+
+    def _begin(self) -> None:
+        path = self.folder / "job.json"
+        if not path.exists():
+            write_json(path, self._job)
+            return
+        begun = read_json(path)
+        wanted = json.loads(json.dumps(self._job))
+        for key in begun.keys() | wanted.keys():
+            if begun.get(key) != wanted.get(key):
+                raise SalienceError(
+                    f"{self.folder} was begun with {key} {begun.get(key)}, now it is "
+                    f"{wanted.get(key)}; use that, or delete the folder to start over"
+                )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the checkpoint is whole and has only to be published, or was."""
+        return self._published.exists()
+
+    def done(self) -> int:
+        """How many blocks are done, from the first on."""
+        count = 0
+        while self._record(count).exists():
+            count += 1
+        return count
+
+    def save_block(self, index: int, tensors: Mapping[str, Tensor], record: object) -> None:
+        """Write what was made of a block; it is done when this returns."""
+        write_tensors(self._tensors(index), tensors, {"format": "pt"})
+        write_json(self._record(index), record)
+
+    def record(self, index: int) -> dict[str, Any]:
+        """The record of a block that is done."""
+        return read_json(self._record(index))
+
+    def block(self, index: int) -> Any:
+        """The tensors of a block that is done, an open safetensors file."""
+        return safe_open(self._tensors(index), framework="pt")
+
+    def hidden_file(self, index: int) -> Path:
+        """Where the hidden states that enter a block are or would be."""
+        return self.folder / f"hidden-{index:05d}.bin"
+
+    def save_hidden(self, index: int, hidden: Tensor) -> None:
+        """Write the hidden states that enter a block."""
+        with replacing(self.hidden_file(index)) as temporary:
+            hidden.cpu().numpy().tofile(temporary)
+
+    def load_hidden(self, index: int, shape: tuple[int, ...]) -> Tensor:
+        """Read the hidden states that enter a block."""
+        with disk_errors(self.hidden_file(index)):
+            count = torch.Size(shape).numel()
+            path = str(self.hidden_file(index))
+            return torch.from_file(path, size=count, dtype=torch.float32).view(shape).clone()
+
+    def latest_hidden(self, before: int) -> int | None:
+        """The last block, up to `before`, whose hidden states are on the disk."""
+        there = [i for i in range(before, -1, -1) if self.hidden_file(i).exists()]
+        return there[0] if there else None
+
+    def forget_hidden(self, done: int) -> None:
+        """Delete hidden states that going on after `done` blocks would not read."""
+        latest = self.latest_hidden(done)
+        for path in self.folder.glob("hidden-*.bin"):
+            if latest is None or path < self.hidden_file(latest):
+                path.unlink()
+
+    def publish(self) -> None:
+        """Give `final` the name of the output, and delete all else."""
+        with disk_errors(self.out):
+            if self.final.exists():
+                self._published.touch()
+                sync(self.folder)
+                self.final.rename(self.out)
+                sync(self.out.parent)
+            # The mark goes last: with it, a kill in here is followed by the rest of this.
+            for path in self.folder.iterdir():
+                if path not in (self._published, self.folder / "job.json"):
+                    path.unlink()
+
+    def _tensors(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.safetensors"
+
+    def _record(self, index: int) -> Path:
+        return self.folder / f"block-{index:05d}.json"

@@ -1,0 +1,178 @@
+"""Writing to disk so that a file or a folder is there whole or not at all.
+
+A file is written under another name, synced and renamed. A checkpoint folder is filled beside its
+target and takes the target's name when everything in it is on the disk.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from salience.checkpoint import INDEX_NAME
+from salience.errors import SalienceError, StorageError
+from salience.machine import free_disk_bytes
+
+SHARD_BYTES = 2**29
+
+
+class ShardWriter:
+    """Write the tensors and files of a checkpoint into a folder.
+
+    Args:
+        folder: an empty folder.
+        shard_bytes: a shard is written when this much is waiting, so about that much memory is
+            held.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self._shard_bytes = shard_bytes
+        self._waiting: dict[str, Tensor] = {}
+        self._waiting_bytes = 0
+        self._shards: list[tuple[Path, list[str]]] = []
+        self._total = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue one tensor; it is copied to the CPU now."""
+        tensor = tensor.detach().contiguous().cpu()
+        self._waiting[name] = tensor
+        self._waiting_bytes += tensor.nbytes
+        if self._waiting_bytes >= self._shard_bytes:
+            self._flush()
+
+    def write_json(self, name: str, value: object) -> None:
+        """Write a JSON file into the checkpoint."""
+        write_json(self.folder / name, value)
+
+    def finish(self) -> None:
+        """Write what waits, name the shards, and put everything on the disk."""
+        self._flush()
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        with disk_errors(self.folder):
+            for i, (file, names) in enumerate(self._shards, start=1):
+                final = f"model-{i:05d}-of-{count:05d}.safetensors"
+                final = final if count > 1 else "model.safetensors"
+                file.rename(self.folder / final)
+                weight_map.update(dict.fromkeys(names, final))
+        if count > 1:
+            metadata = {"total_size": self._total}
+            self.write_json(INDEX_NAME, {"metadata": metadata, "weight_map": weight_map})
+        with disk_errors(self.folder):
+            for file in self.folder.rglob("*"):
+                if file.is_file():
+                    sync(file)
+            sync(self.folder)
+
+    def _flush(self) -> None:
+        if not self._waiting:
+            return
+        file = self.folder / f"shard-{len(self._shards)}"
+        with disk_errors(self.folder):
+            save_file(self._waiting, file, metadata={"format": "pt"})
+            # safetensors makes its files private; these are as readable as any other new file.
+            file.chmod(self.folder.stat().st_mode & 0o666)
+        self._total += self._waiting_bytes
+        self._shards.append((file, list(self._waiting)))
+        self._waiting, self._waiting_bytes = {}, 0
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write one safetensors file, whole or not at all.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    with replacing(path) as temporary:
+        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        save_file(on_cpu, temporary, metadata=dict(metadata))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write one JSON file, whole or not at all.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, which then takes the place of `path`.
+
+    Raises:
+        StorageError: the disk is full or not writable.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with disk_errors(path):
+        try:
+            yield temporary
+            sync(temporary)
+            temporary.rename(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+
+def check_free(out: Path) -> None:
+    """Refuse an output that cannot become the checkpoint's folder.
+
+    Raises:
+        SalienceError: `out` is a file, a folder that is not empty, or where a disk is mounted.
+    """
+    try:
+        taken = any(out.iterdir()) if out.is_dir() else out.exists()
+    except OSError as error:
+        raise SalienceError(f"output {out} cannot be used: {error.strerror}") from None
+    if taken:
+        raise SalienceError(f"output {out} exists and is not an empty folder; name another")
+    if os.path.ismount(out):
+        raise SalienceError(f"a disk is mounted at output {out}; name a new folder in it")
+
+
+def check_disk(out: Path, need: int) -> None:
+    """Refuse to start what the disk cannot hold.
+
+    Raises:
+        StorageError: fewer than `need` bytes are free where `out` would be.
+    """
+    free = free_disk_bytes(out)
+    if free < need:
+        raise StorageError(
+            f"the disk of {out} has {free / 2**20:.0f} MiB free and the work needs "
+            f"{need / 2**20:.0f} MiB; free some or name another output"
+        )
+
+
+@contextmanager
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn an error of the disk into one line that names the output.
+
+    Raises:
+        StorageError: instead of the error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise StorageError(f"writing {out} failed: {error}") from error
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
