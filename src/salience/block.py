@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from salience import grid
 from salience.errors import SalienceError
+from salience.grid import Grid
 from salience.methods import FoldScale, Method, Problem, full_grids
 from salience.qtensor import QTensor
 from salience.report import LinearReport
@@ -62,12 +63,17 @@ class LoadedBlock:
     moments: dict[str, SecondMoment]
     run: Run | None = None
 
+    def full(self, name: str) -> str:
+        """The full name of a module of it."""
+        return f"{self.name}.{name}" if self.name else name
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Coded:
-    """A quantized linear: its codes, and what was done."""
+    """A quantized linear: its codes, the grid to find them again from, and what was done."""
 
     qtensor: QTensor
+    grid: Grid
     report: LinearReport
 
 
@@ -101,7 +107,7 @@ def solve(
     kinds: dict[object, list[int]] = {}
     for i, block in enumerate(blocks):
         names = [name for group in block.structure.groups for name in group]
-        key = (id(block.structure), tuple(schemes(f"{block.name}.{name}") for name in names))
+        key = (id(block.structure), tuple(schemes(block.full(name)) for name in names))
         kinds.setdefault(key, []).append(i)
     solved: dict[int, SolvedBlock] = {}
     for indices in kinds.values():
@@ -133,10 +139,10 @@ def _solve_kind(
     return [
         SolvedBlock(
             {
-                name: coded[f"{block.name}.{name}"]
+                name: coded[block.full(name)]
                 for group in groups
                 for name in group
-                if f"{block.name}.{name}" in coded
+                if block.full(name) in coded
             },
             scales,
         )
@@ -153,7 +159,7 @@ def _problems(
     """The linears of a group in all blocks, a problem for each scheme; moments of scaled inputs."""
     of_scheme: dict[Scheme, list[str]] = {}
     for name in group:
-        scheme = schemes(f"{blocks[0].name}.{name}")
+        scheme = schemes(blocks[0].full(name))
         if scheme is not None:
             of_scheme.setdefault(scheme, []).append(name)
     if not of_scheme:
@@ -173,7 +179,7 @@ def _problems(
         weights = [[weight_of(b.module.get_submodule(name)) for name in names] for b in blocks]
         problems.append(
             Problem(
-                tuple(tuple(f"{block.name}.{name}" for name in names) for block in blocks),
+                tuple(tuple(block.full(name) for name in names) for block in blocks),
                 _stack(torch.cat(rows) for rows in weights),
                 tuple(len(weight) for weight in weights[0]),
                 scheme,
@@ -276,7 +282,7 @@ def _by_name(
         for name in (name for group in block.structure.groups for name in group):
             into = next((c for c in choices if name in c.fold.sinks), None)
             out = next((c for c in choices if name == c.fold.prev), None)
-            found[f"{block.name}.{name}"] = (into, out)
+            found[block.full(name)] = (into, out)
     return found
 
 
@@ -287,7 +293,8 @@ def _code(
     scales: dict[str, tuple[FoldScale | None, FoldScale | None]],
     trust: bool,
 ) -> dict[str, Coded]:
-    qtensors = method.codes(problem, method.grids(problem))
+    grids = method.grids(problem)
+    qtensors = method.codes(problem, grids)
     divisors = _row_divisors(problem, scales)
     errors = _errors(problem, qtensors, divisors).tolist()
     steps = full_grids(problem).scales.float()
@@ -300,6 +307,7 @@ def _code(
             rows = slice(start, start + count)
             start += count
             qt = _take_rows(qtensors[i], rows)
+            own = Grid(grids.scales[i, rows], grids.zeros[i, rows], grids.levels)
             error, clip = errors[i][j], clips[i][j] / count
             worse = not error <= plain[name].error and not trust
             if worse:
@@ -322,7 +330,10 @@ def _code(
                 error=error / energy,
                 kept_rtn=worse,
             )
-            coded[name] = Coded(qt, report)
+            # Codes that need moments are compared with plain rounding again when they are made again.
+            if worse and not method.reads_moments_to_code:
+                own = Grid(qt.scales, qt.zeros, own.levels)
+            coded[name] = Coded(qt, own, report)
     return coded
 
 

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +246,68 @@ def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
     args, kwargs = arguments
     out = block(hidden, *args, **kwargs)
     return out if isinstance(out, Tensor) else out[0]
+
+
+def run_tail(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    hidden: Tensor,
+    update: Callable[[str, Tensor], None],
+) -> None:
+    """Run what comes after the last block, handing the input of each linear there to `update`.
+
+    Args:
+        model: with the weights of what is in no block; the head needs none.
+        blocks: its blocks.
+        tokens: [batch, seqlen], of any value.
+        hidden: [batch, seqlen, hidden], the output of the last block.
+        update: called with the name and the input of each linear outside the blocks.
+    """
+    inside = {id(module) for block in blocks for module in block.modules()}
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    seen: list[tuple[str, Tensor]] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+        seen.append((name, args[0]))
+        if module is head:
+            raise _StopForwardError
+
+    handles = [
+        module.register_forward_pre_hook(partial(_named, note, name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and id(module) not in inside
+    ]
+    try:
+        # Some models take the first item of what a block returns, some take all.
+        for output in (hidden, (hidden,)):
+            seen.clear()
+            for block in blocks:
+                block.forward = partial(_return, output)
+            with suppress(_StopForwardError):
+                model(input_ids=tokens, use_cache=False)
+            if all(x.shape[:-1] == hidden.shape[:-1] for _, x in seen):
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+        for block in blocks:
+            vars(block).pop("forward", None)
+    for name, x in seen:
+        update(name, x)
+
+
+def _named(
+    note: Callable[[nn.Module, tuple[Any, ...], str], None],
+    name: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
+) -> None:
+    note(module, args, name)
+
+
+def _return(output: Any, *_args: object, **_kwargs: object) -> Any:
+    return output
 
 
 def micro_batch(samples: int, seqlen: int, device: torch.device) -> int:

@@ -5,6 +5,7 @@ Beside the output OUT, until it is whole, lies the folder OUT.partial:
     job.json                  what is being made: model, options, versions
     block-00007.safetensors   what was made of a block, and with it
     block-00007.json          its record; a block is done when this is there
+    search-00007.safetensors  the scales and grids found for it, if they are to be saved
     hidden-00007.bin          the hidden states that enter a block, from time to time
     final/                    the checkpoint, put together when all blocks are done
     published                 says that `final` is whole and takes the name OUT
@@ -116,6 +117,14 @@ class Journal:
         write_tensors(self._tensors(index), tensors, {"format": "pt"})
         write_json(self._record(index), record)
 
+    def save_search(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write what was found for a block, before the block itself."""
+        write_tensors(self._search(index), tensors, {})
+
+    def search(self, index: int) -> Any:
+        """What was found for a block, an open safetensors file."""
+        return safe_open(self._search(index), framework="pt")
+
     def record(self, index: int) -> dict[str, Any]:
         """The record of a block that is done."""
         return read_json(self._record(index))
@@ -167,6 +176,9 @@ class Journal:
 
     def _tensors(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
+
+    def _search(self, index: int) -> Path:
+        return self.folder / f"search-{index:05d}.safetensors"
 
     def _record(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.json"

@@ -3,6 +3,8 @@
 import shutil
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -36,6 +38,20 @@ def free_disk_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+@contextmanager
+def fast_matmul() -> Iterator[None]:
+    """Let a GPU round the factors of fp32 products to 10 bits of mantissa (TF32), for statistics.
+
+    They are averages over many tokens, and half-precision models have no more bits to begin with.
+    """
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def matmul_flops(device: torch.device, size: int = 1024, seconds: float = 0.2) -> float:

@@ -1,30 +1,43 @@
-"""Before anything runs: what a quantization will take, from the config and the headers alone."""
+"""Before anything runs: what a quantization will take, from the config and the headers alone.
 
+Memory is counted tensor by tensor for the largest block, since only one is held. Time is the
+operations of each phase over what this machine was just seen to do: a matrix product, and the
+search itself on a small random weight.
+"""
+
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from salience.calibration import Calibration
+from salience.calibration import Calibration, micro_batch
 from salience.checkpoint import Checkpoint
-from salience.errors import SalienceError
+from salience.engine import window
+from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import Format
-from salience.machine import available_ram_bytes, free_disk_bytes, matmul_flops, peak_rss_bytes
+from salience.machine import (
+    available_ram_bytes,
+    fast_matmul,
+    free_disk_bytes,
+    matmul_flops,
+    peak_rss_bytes,
+)
+from salience.methods import Method, Problem
+from salience.methods.awq import TILE_CANDIDATES
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
-from salience.structure import find_blocks, linears
+from salience.structure import Fold, find_blocks, linears
+from salience.writer import SHARD_BYTES
 
-MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
-SHARD_BYTES = 2**29
 _FLOAT_BYTES = 2  # what is not quantized is written in fp16
 _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
-# Candidates of the scale and the clip search of AWQ, and the time one takes for a weight beside
-# its share of the products; from a profile of SmolLM2.
+_CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
+_READ_BYTES_PER_SECOND = 1e9
 _SCALE_CANDIDATES = 13
-_CLIP_CANDIDATES = 33
-_SECONDS_PER_CANDIDATE = {"cpu": 4e-9, "cuda": 1.3e-9}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +47,12 @@ class Plan:
     Args:
         bits_per_weight: of the quantized linears.
         disk_bytes: of the checkpoint to write.
+        temporary_bytes: of disk, beside that, while it is made.
         ram_bytes: peak resident memory.
         vram_bytes: peak GPU memory, 0 on CPUs.
+        memory: peak bytes of tensors on the device, by phase.
         seconds: by phase.
+        hidden_on_disk: whether the hidden states of the text stay on the disk.
         fits: whether memory and disk suffice now.
         advice: what would make it fit, one line each.
     """
@@ -50,65 +66,119 @@ class Plan:
     bits_per_weight: float
     source_bytes: int
     disk_bytes: int
+    temporary_bytes: int
     ram_bytes: int
     vram_bytes: int
+    memory: dict[str, int]
     seconds: dict[str, float]
+    hidden_on_disk: bool
     fits: bool
     advice: list[str]
 
 
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How a job is to use the memory there is.
+
+    Args:
+        on_disk: the hidden states stay on the disk.
+        is_close: little is left over, so that a rehearsal is worth its time.
+        temporary_bytes: of disk while the checkpoint is made.
+    """
+
+    on_disk: bool
+    is_close: bool
+    temporary_bytes: int
+
+
 def make_plan(
     source: Source,
-    scheme: Scheme,
+    schemes: Mapping[str, Scheme],
     fmt: Format,
     calibration: Calibration | None,
-    method: str,
+    method: Method,
     device: torch.device,
     out: Path,
+    max_memory: int | None = None,
 ) -> Plan:
-    """Estimate a quantization; `calibration` is None for a method that looks at no text.
+    """Estimate a quantization; `calibration` is None when no text is read.
 
     Raises:
         SalienceError: a source that cannot be quantized, or a scheme that the model or the format
             cannot have.
     """
     model = source.skeleton()
-    _, blocks = find_blocks(model)
     weights = source.weights(model)
     check_source(source, model, weights)
-    check_scheme(model, scheme, fmt)
+    check_schemes(model, schemes, fmt)
     names = {name for name, _ in model.named_parameters()} & weights.names()
-    disk = checkpoint_bytes(model, scheme)
     source_bytes = sum(weights.nbytes(name) for name in names)
-    memory = _memory(model, blocks, calibration, device, disk)
-    ram = peak_rss_bytes() + (memory if device.type == "cpu" else min(SHARD_BYTES, disk))
-    if source.is_gguf:
-        ram += source_bytes  # the file stays mapped, so what was read of it counts
-    vram = memory if device.type == "cuda" else 0
-    advice = []
-    if ram > available_ram_bytes():
-        advice.append("RAM is short: use fewer --samples, a shorter --seqlen, or a larger machine")
-    if vram and vram > torch.cuda.mem_get_info(device)[0]:
-        advice.append("GPU memory is short: use fewer --samples, or --device cpu")
-    if disk > free_disk_bytes(out):
-        advice.append(f"the disk of {out} is short by {disk - free_disk_bytes(out)} bytes")
-    quantized = sum(linear.weight.numel() for linear in linears(blocks).values())
+    disk = checkpoint_bytes(model, schemes)
+    try:
+        budget = choose_budget(source, model, schemes, calibration, method, device, max_memory)
+        advice = []
+    except DoesNotFitError as error:
+        budget, advice = Budget(True, True, _hidden_bytes(model, calibration)), [str(error)]
+    temporary = disk + budget.temporary_bytes
+    if disk + temporary > free_disk_bytes(out):
+        short = disk + temporary - free_disk_bytes(out)
+        advice.append(f"the disk of {out} is short by {short / 2**20:.0f} MiB; name another --out")
+    memory = device_memory(model, schemes, calibration, method, device, budget.on_disk)
+    shapes = _shapes(model, schemes)
+    on_gpu = device.type == "cuda"
     return Plan(
         model=source.name,
-        scheme=str(scheme),
-        method=method,
+        scheme=" ".join(sorted({str(scheme) for scheme in schemes.values()})),
+        method=method.name,
         device=str(device),
         parameters=sum(p.numel() for p in model.parameters()),
-        quantized_parameters=quantized,
-        bits_per_weight=mean_bits(blocks, scheme),
+        quantized_parameters=sum(rows * columns for rows, columns in shapes.values()),
+        bits_per_weight=mean_bits(model, schemes),
         source_bytes=source_bytes,
         disk_bytes=disk,
-        ram_bytes=ram,
-        vram_bytes=vram,
-        seconds=_seconds(blocks, scheme, calibration, device),
+        temporary_bytes=temporary,
+        ram_bytes=_ram_bytes(source, model, memory, device, calibration),
+        vram_bytes=max(memory.values()) if on_gpu else 0,
+        memory=memory,
+        seconds=_seconds(model, schemes, calibration, method, device, source_bytes),
+        hidden_on_disk=budget.on_disk,
         fits=not advice,
         advice=advice,
     )
+
+
+def choose_budget(
+    source: Source,
+    model: Any,
+    schemes: Mapping[str, Scheme],
+    calibration: Calibration | None,
+    method: Method,
+    device: torch.device,
+    max_memory: int | None,
+) -> Budget:
+    """Whether the hidden states can stay in memory.
+
+    Raises:
+        DoesNotFitError: the work needs more than there is even if they stay on the disk.
+    """
+    needs = []
+    for on_disk in (False, True):
+        memory = device_memory(model, schemes, calibration, method, device, on_disk)
+        if device.type == "cuda":
+            needs.append(max(memory.values()))
+        else:
+            needs.append(_ram_bytes(source, model, memory, device, calibration))
+    cap = _memory_cap(device) if max_memory is None else max_memory
+    if needs[1] > cap:
+        larger = "--max-memory" if max_memory is not None else "machine"
+        shorter = "" if calibration is None else "a shorter --seqlen, "
+        raise DoesNotFitError(
+            f"{source.name} needs {needs[1] / 2**30:.1f} GiB on {device.type} and has "
+            f"{cap / 2**30:.1f} GiB; use {shorter}--method rtn or a larger {larger}"
+        )
+    on_disk = needs[0] > cap
+    need = needs[on_disk]
+    return Budget(on_disk, need > _CLOSE * cap, 2 * _hidden_bytes(model, calibration))
 
 
 def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
@@ -131,19 +201,16 @@ def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
         raise SalienceError(f"tensor {min(missing)} is missing from {weights.path}")
 
 
-def check_scheme(model: nn.Module, scheme: Scheme, fmt: Format) -> None:
-    """Refuse a scheme that does not fit the linears or the format.
+def check_schemes(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) -> None:
+    """Refuse schemes that do not fit the linears or the format.
 
     Raises:
         SalienceError: naming a linear and the group sizes that would fit.
     """
-    prefix, blocks = find_blocks(model)
-    shapes = {
-        f"{prefix}.{name}": (linear.out_features, linear.in_features)
-        for name, linear in linears(blocks).items()
-    }
-    fmt.check(dict.fromkeys(shapes, scheme), shapes)
+    shapes = _shapes(model, schemes)
+    fmt.check(schemes, shapes)
     for name, (_, columns) in shapes.items():
+        scheme = schemes[name]
         if columns % scheme.group_columns(columns):
             fit = fitting_group_sizes({columns for _, columns in shapes.values()})
             better = ", ".join(f"w{scheme.bits}g{size}" for size in fit) or "none of the usual ones"
@@ -153,62 +220,207 @@ def check_scheme(model: nn.Module, scheme: Scheme, fmt: Format) -> None:
             )
 
 
-def mean_bits(blocks: nn.ModuleList, scheme: Scheme) -> float:
+def _shapes(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple[int, int]]:
+    """(out, in) of each linear to quantize."""
+    found = linears(model)
+    return {name: (found[name].out_features, found[name].in_features) for name in schemes}
+
+
+def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme]) -> float:
     """Stored bits a quantized weight, scales and zeros included."""
-    found = linears(blocks).values()
-    bits = sum(m.weight.numel() * scheme.bits_per_weight(m.in_features) for m in found)
-    return bits / sum(m.weight.numel() for m in found)
+    shapes = _shapes(model, schemes)
+    bits = sum(
+        rows * columns * schemes[name].bits_per_weight(columns)
+        for name, (rows, columns) in shapes.items()
+    )
+    return bits / max(1, sum(rows * columns for rows, columns in shapes.values()))
 
 
-def checkpoint_bytes(model: Any, scheme: Scheme) -> int:
+def checkpoint_bytes(model: Any, schemes: Mapping[str, Scheme]) -> int:
     """Size of the written checkpoint."""
-    _, blocks = find_blocks(model)
-    quantized = sum(linear.weight.numel() for linear in linears(blocks).values())
+    quantized = sum(rows * columns for rows, columns in _shapes(model, schemes).values())
     others = sum(p.numel() for p in model.parameters()) - quantized
-    return round(quantized * mean_bits(blocks, scheme) / 8) + others * _FLOAT_BYTES
+    return round(quantized * mean_bits(model, schemes) / 8) + others * _FLOAT_BYTES
 
 
-def _memory(
+def device_memory(
     model: Any,
-    blocks: nn.ModuleList,
+    schemes: Mapping[str, Scheme],
     calibration: Calibration | None,
+    method: Method,
     device: torch.device,
-    disk: int,
-) -> int:
-    """Peak bytes of tensors: the larger of reading the embeddings and working on a block."""
-    largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
-    found = linears(blocks[0]).values()
-    widest = max(m.weight.numel() for m in found)
+    on_disk: bool,
+) -> dict[str, int]:
+    """Peak bytes of tensors on the device, by phase."""
+    prefix, blocks = find_blocks(model)
+    held = window(blocks, device)
+    largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+    weights = held * sum(p.numel() for p in largest.parameters())
+    outside = sum(
+        p.numel() for n, p in model.named_parameters() if not n.startswith(f"{prefix}.")
+    )
     embedding = model.get_input_embeddings().weight
-    waiting = min(SHARD_BYTES, disk)
-    # Written last, with what waits for it: the embeddings in fp32 and fp16.
-    rest = 6 * embedding.numel()
+    groups = _groups(largest)
+    solved = max((_solve_floats(rows, columns, device, method) for rows, columns in groups))
     if calibration is None:
-        return max(4 * (largest + 6 * widest), rest) + waiting
-    hidden = calibration.samples * calibration.seqlen * embedding.shape[1]
-    moments = sum({m.in_features: m.in_features**2 for m in found}.values()) * 2
-    tokens = MICRO_BATCH_TOKENS[device.type]
-    activations = tokens * 6 * max(max(m.in_features, m.out_features) for m in found)
-    block = 4 * (largest + moments + 6 * widest + activations)
-    first = 4 * (embedding.numel() + hidden)  # while the parts of the hidden states are joined
-    tokenizer = _TOKENIZER_BYTES * embedding.shape[0]
-    return tokenizer + 4 * hidden + max(first, block + waiting, rest + waiting)
+        return {"search": 4 * (weights + solved), "write": 4 * embedding.numel()}
+    batch = micro_batch(calibration.samples, calibration.seqlen, device) * calibration.seqlen
+    hidden = 0 if on_disk else calibration.samples * calibration.seqlen * embedding.shape[1]
+    moments = held * sum(columns**2 for _, columns in groups)
+    first = held * batch * embedding.shape[1]
+    live = batch * _live_floats(largest)
+    return {
+        "embeddings": 4 * (hidden + outside + 2 * batch * embedding.shape[1]),
+        "statistics": 4 * (hidden + weights + moments + first + live),
+        "folds": 4 * (hidden + 2 * weights + moments + first + live),
+        "search": 4 * (hidden + weights + moments + first + held * solved),
+        "write": 4 * embedding.numel(),
+    }
+
+
+def _groups(block: nn.Module) -> list[tuple[int, int]]:
+    """(rows, columns) of the linears that share an input, guessed from their shapes.
+
+    Two of one shape beside each other are gate and up; of more than two of one width, all but the
+    last are q, k and v.
+    """
+    beside: dict[tuple[str, int], list[int]] = {}
+    for name, linear in linears(block).items():
+        key = (name.rpartition(".")[0], linear.in_features)
+        beside.setdefault(key, []).append(linear.out_features)
+    groups = []
+    for (_, columns), rows in beside.items():
+        if len(rows) == 2 and rows[0] == rows[1]:
+            groups.append((sum(rows), columns))
+        elif len(rows) > 2:
+            groups += [(sum(rows[:-1]), columns), (rows[-1], columns)]
+        else:
+            groups += [(each, columns) for each in rows]
+    return groups
+
+
+def _solve_floats(rows: int, columns: int, device: torch.device, method: Method) -> int:
+    """Floats alive in the search for a group, beside weights and moments."""
+    weight, square = rows * columns, columns**2
+    scales = 4 * weight + square
+    grids = 4 * weight + square + 6 * TILE_CANDIDATES[device.type]
+    codes = 7 * weight + 4 * square if method.reads_moments_to_code else 4 * weight + square
+    return max(scales, grids, codes)
+
+
+def _live_floats(block: nn.Module) -> int:
+    """Floats a token takes while a block runs: its residual stream and its widest part."""
+    found = linears(block).values()
+    widest = max(max(m.in_features, m.out_features) for m in found)
+    narrowest = min(max(m.in_features, m.out_features) for m in found)
+    return 4 * narrowest + 5 * widest
+
+
+def _hidden_bytes(model: Any, calibration: Calibration | None) -> int:
+    if calibration is None:
+        return 0
+    width = model.get_input_embeddings().weight.shape[1]
+    return 4 * calibration.samples * calibration.seqlen * width
+
+
+def _ram_bytes(
+    source: Source,
+    model: Any,
+    memory: Mapping[str, int],
+    device: torch.device,
+    calibration: Calibration | None,
+) -> int:
+    embedding = model.get_input_embeddings().weight
+    # A shard waits, is laid out for the file, and may hold one tensor more than its size.
+    largest = max(p.numel() for p in model.parameters())
+    shard = 2 * max(SHARD_BYTES, _FLOAT_BYTES * largest)
+    total = peak_rss_bytes()
+    if source.is_gguf:
+        total += sum(source.stored.nbytes(name) for name in source.stored.names())  # stays mapped
+    if calibration is not None:
+        total += _TOKENIZER_BYTES * embedding.shape[0]
+    if device.type == "cuda":
+        return total + shard
+    work = {**memory, "write": memory["write"] + shard}
+    return total + max(work.values())
+
+
+def _memory_cap(device: torch.device) -> int:
+    """Bytes this process may have on the device, what it has included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return available_ram_bytes() + peak_rss_bytes()
 
 
 def _seconds(
-    blocks: nn.ModuleList, scheme: Scheme, calibration: Calibration | None, device: torch.device
+    model: Any,
+    schemes: Mapping[str, Scheme],
+    calibration: Calibration | None,
+    method: Method,
+    device: torch.device,
+    source_bytes: int,
 ) -> dict[str, float]:
+    _, blocks = find_blocks(model)
     flops = matmul_flops(device)
-    each = _SECONDS_PER_CANDIDATE[device.type]
-    found = linears(blocks).values()
-    count = sum(m.weight.numel() for m in found)
-    if calibration is None:
-        return {"search": 4 * each * count}
-    tokens = calibration.samples * calibration.seqlen
-    inputs = sum(m.in_features**2 for m in found)
-    statistics = 2 * tokens * (count + inputs) / flops
-    products = sum(m.weight.numel() * m.in_features for m in found)
-    groups = sum(m.weight.numel() * scheme.group_columns(m.in_features) for m in found)
-    search = 2 * (_SCALE_CANDIDATES + 4) * products / flops + 2 * _CLIP_CANDIDATES * groups / flops
-    search += each * count * (_SCALE_CANDIDATES + _CLIP_CANDIDATES)
-    return {"statistics": statistics, "search": search}
+    seconds = {"read": source_bytes / _READ_BYTES_PER_SECOND}
+    if calibration is not None:
+        tokens = calibration.samples * calibration.seqlen
+        weights = sum(m.weight.numel() for m in linears(blocks).values())
+        squares = sum(columns**2 for block in blocks for _, columns in _groups(block))
+        with fast_matmul():
+            fast = matmul_flops(device)
+        seconds["statistics"] = 2 * tokens * (weights + squares) / fast
+    each = _search_cost(next(iter(schemes.values())), method, device)
+    held = window(blocks, device)
+    search = 0.0
+    for block in blocks:
+        for rows, columns in _groups(block):
+            search += columns * (each.start / held + each.row * rows)
+            products = _SCALE_CANDIDATES if method.folds else 0
+            products += 6 if method.reads_text else 1
+            search += 2 * products * rows * columns**2 / flops
+    seconds["search"] = search
+    return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class _Cost:
+    """Seconds of a search for each column: to start, and for each row."""
+
+    start: float
+    row: float
+
+
+def _search_cost(scheme: Scheme, method: Method, device: torch.device) -> _Cost:
+    """What a search costs here, by doing two small ones."""
+    columns = 512
+    counts = (64, 512) if device.type == "cpu" else (64, 8192)
+    took = []
+    for rows in (counts[0], *counts):  # the first also pays for starting up
+        start = time.perf_counter()
+        _search_once(rows, columns, scheme, method, device)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took.append(time.perf_counter() - start)
+    row = max(0.0, took[2] - took[1]) / (counts[1] - counts[0])
+    return _Cost(max(0.0, took[1] - row * counts[0]) / columns, row / columns)
+
+
+def _search_once(
+    rows: int, columns: int, scheme: Scheme, method: Method, device: torch.device
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    x = random(2 * columns, columns)
+    if scheme.group_size > columns:
+        scheme = Scheme(scheme.bits, columns, scheme.sym, scheme.codebook)
+    text = method.reads_text
+    second = (x.T @ x / len(x))[None] if text else None
+    mean_abs = x.abs().mean(0)[None] if text else None
+    problem = Problem((("a",),), random(1, rows, columns), (rows,), scheme, second, mean_abs)
+    if method.folds and text:
+        method.scales([problem], Fold("a", ("b",), "norm", torch.arange(columns), 0.0))
+    method.codes(problem, method.grids(problem))

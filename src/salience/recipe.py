@@ -11,6 +11,7 @@ Patterns are regular expressions, searched for anywhere in the full module name.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from salience.errors import SalienceError
@@ -60,6 +61,28 @@ class Recipe:
             if re.search(pattern, name):
                 return scheme
         return self.scheme if inside else None
+
+    def resolve(self, names: Sequence[str], prefix: str) -> dict[str, Scheme]:
+        """The scheme of each module to quantize.
+
+        Args:
+            names: full names of all modules that could be.
+            prefix: name of the list of blocks.
+
+        Raises:
+            SalienceError: a pattern that matches none of them, or nothing left to quantize.
+        """
+        for pattern in (*(p for p, _ in self.rules), *self.skip, *self.only):
+            if not any(re.search(pattern, name) for name in names):
+                raise SalienceError(f"pattern {pattern!r} matches no linear of the model")
+        found = {}
+        for name in names:
+            scheme = self.scheme_of(name, name.startswith(f"{prefix}."))
+            if scheme is not None:
+                found[name] = scheme
+        if not found:
+            raise SalienceError("the patterns leave no linear to quantize")
+        return found
 
     def describe(self) -> dict[str, object]:
         """As plain JSON values, for reports and journals."""

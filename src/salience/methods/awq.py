@@ -47,7 +47,7 @@ CLIP_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 # Weights in work at a time: what bounds the temporaries. Fixed, and not a matter of how much memory
 # is free, because a product may differ in its last bit with the number of its rows.
 _TILE_WEIGHTS = {"cpu": 2**22, "cuda": 2**27}
-_TILE_CANDIDATES = {"cpu": 2**20, "cuda": 2**26}  # weights times clip ratios
+TILE_CANDIDATES = {"cpu": 2**20, "cuda": 2**26}  # weights times clip ratios
 
 
 def search_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | None]:
@@ -90,7 +90,7 @@ def search_grids(problem: Problem) -> Grid:
         return full_grids(problem)
     size = scheme.group_columns(weight.shape[-1])
     held = len(CLIP_RATIOS) * size * len(weight)
-    rows = max(1, _TILE_CANDIDATES[weight.device.type] // held)
+    rows = max(1, TILE_CANDIDATES[weight.device.type] // held)
     parts = [_clip_rows(part, second, scheme) for part in weight.split(rows, dim=1)]
     lo, hi = (torch.cat([part[end] for part in parts], 1) for end in (0, 1))
     return grid.make_grid(lo, hi, scheme)

@@ -87,6 +87,8 @@ class Method:
         reads_text: whether it needs calibration text. Problems of a method that does not are
             single linears of unit input covariance.
         reads_moments_to_code: whether `codes` needs the text even when scales and grids are known.
+        trusted: whether its result stays even where plain rounding would be better, because its
+            grids were chosen with moments that are not at hand.
     """
 
     name: str
@@ -95,3 +97,9 @@ class Method:
     codes: Callable[[Problem, Grid], list[QTensor]] = nearest
     reads_text: bool = True
     reads_moments_to_code: bool = False
+    trusted: bool = False
+
+    @property
+    def folds(self) -> bool:
+        """Whether it looks for scales."""
+        return self.scales is not no_scales

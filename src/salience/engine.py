@@ -1,0 +1,415 @@
+"""The blocks of a model, one after the other: statistics, search, codes, into the journal.
+
+What moves from block to block are the hidden states of the calibration text. The block that made
+them has its weights read when its turn comes and dropped after it, so memory does not grow with the
+number of blocks. On a GPU small blocks are taken a few at a time (`_window`), because there the
+time goes into starting kernels.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salience.block import LoadedBlock, SolvedBlock, Structure, solve
+from salience.calibration import (
+    Arguments,
+    micro_batch,
+    observe,
+    record_inputs,
+    run_block,
+    run_tail,
+)
+from salience.errors import DoesNotFitError, SalienceError
+from salience.hidden import HiddenStates
+from salience.job import Job
+from salience.journal import Journal
+from salience.loading import set_tensor
+from salience.machine import fast_matmul, peak_rss_bytes
+from salience.report import BlockReport, describe_fold
+from salience.search import search_tensors
+from salience.stats import SecondMoment
+from salience.structure import discover_folds, linears, sink_groups
+
+PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
+WINDOW_BYTES = 2**29
+
+
+def run_blocks(
+    job: Job, tokens: Tensor | None, journal: Journal, on_disk: bool, rehearse: bool
+) -> None:
+    """Quantize every block that the journal does not have yet.
+
+    Args:
+        job: what to do.
+        tokens: calibration token ids [samples, seqlen], None when no text is read.
+        journal: where the results go.
+        on_disk: keep the hidden states there too.
+        rehearse: try the largest block first.
+
+    Raises:
+        SalienceError: what is not finite, or cannot be coded.
+        DoesNotFitError: out of memory.
+    """
+    try:
+        _Engine(job, tokens, journal, on_disk).run(rehearse)
+    except torch.OutOfMemoryError as error:
+        raise DoesNotFitError(
+            f"{job.device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory that "
+            "is really free, fewer --samples, a shorter --seqlen, or --device cpu"
+        ) from None
+
+
+def window(blocks: nn.ModuleList, device: torch.device) -> int:
+    """How many blocks are solved side by side: what fits `WINDOW_BYTES`, one on a CPU."""
+    if device.type == "cpu":
+        return 1
+    largest = max(_solved_bytes(block) for block in blocks)
+    return max(1, min(len(blocks), WINDOW_BYTES // largest))
+
+
+def _solved_bytes(block: nn.Module) -> int:
+    """Weights and second moments of a block, in fp32."""
+    squares = sum(m.in_features**2 for m in linears(block).values())
+    return 4 * (sum(p.numel() for p in block.parameters()) + squares)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Probe:
+    """A few random tokens before the first block, and how each block is called on them."""
+
+    hidden: Tensor
+    arguments: list[Arguments]
+
+
+class _Engine:
+    """The state of one pass over the blocks."""
+
+    def __init__(self, job: Job, tokens: Tensor | None, journal: Journal, on_disk: bool) -> None:
+        self._job, self._journal = job, journal
+        self._tokens = tokens
+        self._on_disk = on_disk
+        self._structures: dict[tuple[object, ...], Structure] = {}
+        self._hidden: HiddenStates | None = None
+        self._arguments: list[Arguments] = []
+        self._probe: _Probe | None = None
+
+    def run(self, rehearse: bool) -> None:
+        job, count = self._job, len(self._job.blocks)
+        size = window(job.blocks, job.device)
+        done = self._journal.done()
+        first = done // size * size if done < count else count
+        needs_tail = bool(job.outside) and done <= count
+        if (first < count or needs_tail) and (self._tokens is not None or job.method.folds):
+            with job.phase("statistics"):
+                self._record(first)
+        if rehearse and first == 0:
+            self._rehearse()
+        for start in range(first, count, size):
+            self._solve(range(start, min(start + size, count)), done)
+        self._solve_outside()
+        job.progress("block", count, count)
+
+    def _record(self, first: int) -> None:
+        """Run what comes before the blocks, and the blocks that are done."""
+        job = self._job
+        with _embeddings(job):
+            generator = torch.Generator().manual_seed(0)
+            vocabulary = job.skeleton.get_input_embeddings().weight.shape[0]
+            random = torch.randint(vocabulary, PROBE_SHAPE, generator=generator)
+            parts: list[Tensor] = []
+            arguments = record_inputs(
+                job.skeleton,
+                job.blocks,
+                random,
+                len(random),
+                job.device,
+                lambda _, part: parts.append(part),
+            )
+            self._probe = _Probe(parts[0], arguments)
+            if self._tokens is None:
+                return
+            samples, seqlen = self._tokens.shape
+            batch = micro_batch(samples, seqlen, job.device)
+            shape = (samples, seqlen, parts[0].shape[-1])
+            hidden = HiddenStates(self._journal, shape, batch, job.device, self._on_disk)
+            saved = self._journal.latest_hidden(first)
+            tokens = self._tokens if saved is None else self._tokens[:batch]
+            keep = hidden.first if saved is None else _drop
+            self._arguments = record_inputs(
+                job.skeleton, job.blocks, tokens, batch, job.device, keep
+            )
+            if saved is not None:
+                hidden.load(saved)
+            self._hidden = hidden
+        for index in range(hidden.index, first):
+            job.progress("replay", index, first)
+            with job.loaded(index) as block:
+                self._forward(block, index, {})
+
+    def _solve(self, indices: range, done: int) -> None:
+        job, began = self._job, time.perf_counter()
+        loaded = []
+        with ExitStack() as stack:
+            for index in indices:
+                job.progress("block", index, len(job.blocks))
+                with job.phase("read"):
+                    block = stack.enter_context(job.loaded(index))
+                loaded.append(self._gather(block, index))
+            with job.phase("search"):
+                solved = solve(loaded, job.method, job.schemes.get, job.method.trusted)
+            with job.phase("write"):
+                seconds = (time.perf_counter() - began) / len(indices)
+                for index, block, result in zip(indices, loaded, solved, strict=True):
+                    if index >= done:
+                        self._save(index, block, result, seconds)
+        with job.phase("write"):
+            self._journal.forget_hidden(indices.stop)
+
+    def _gather(self, block: nn.Module, index: int) -> LoadedBlock:
+        """A block's structure and moments; the hidden states move past it."""
+        job, name = self._job, self._job.block_name(index)
+        if self._probe is None:
+            return LoadedBlock(name, block, self._plain_structure(block), {})
+        with job.phase("structure"):
+            structure = self._structure(block, index)
+        probe = self._probe
+        if self._hidden is None:
+            run = partial(run_block, block, probe.hidden, probe.arguments[index])
+            return LoadedBlock(name, block, structure, {}, run)
+        # The hidden states are about to become this block's outputs.
+        first = self._hidden.get(0).clone() if structure.folds else probe.hidden
+        found = linears(block)
+        moments = {
+            group[0]: SecondMoment.empty(found[group[0]].in_features, job.device)
+            for group in structure.groups
+        }
+        with job.phase("statistics"):
+            self._forward(block, index, moments)
+            for local, moment in moments.items():
+                if not torch.isfinite(moment.gram).all():
+                    raise SalienceError(
+                        f"inputs of {name}.{local} are not finite on the calibration text; "
+                        "the model overflows"
+                    )
+        run = partial(run_block, block, first, self._arguments[index])
+        return LoadedBlock(name, block, structure, moments, run)
+
+    def _forward(self, block: nn.Module, index: int, moments: dict[str, SecondMoment]) -> None:
+        """Move the hidden states past a block, adding to the moments of its linears' inputs."""
+        hidden = self._hidden
+        if hidden is None:
+            return
+        with fast_matmul():
+            for part in range(hidden.parts):
+                run = partial(run_block, block, hidden.get(part), self._arguments[index])
+                hidden.put(part, observe(block, list(moments), run, _adder(moments)))
+        hidden.advance()
+
+    def _plain_structure(self, block: nn.Module) -> Structure:
+        kind = _kind(block)
+        if kind not in self._structures:
+            self._structures[kind] = Structure([(name,) for name in linears(block)], [])
+        return self._structures[kind]
+
+    def _structure(self, block: nn.Module, index: int) -> Structure:
+        """What blocks of this kind allow, found on the first of them.
+
+        It is the first also when a run is continued: another block's weights may fail a proof that
+        is a matter of rounding.
+        """
+        kind = _kind(block)
+        if kind not in self._structures:
+            first = self._first(kind)
+            if first == index:
+                self._structures[kind] = self._discover(block, first)
+            else:
+                with self._job.loaded(first) as other:
+                    self._structures[kind] = self._discover(other, first)
+        return self._structures[kind]
+
+    def _discover(self, block: nn.Module, index: int) -> Structure:
+        probe = self._probe
+        if probe is None:
+            return self._plain_structure(block)
+        run = partial(run_block, block, probe.hidden, probe.arguments[index])
+        groups = sink_groups(block, run)
+        folds = discover_folds(block, run, groups) if self._job.method.folds else []
+        return Structure(groups, folds)
+
+    def _rehearse(self) -> None:
+        """Do the largest block on one micro-batch, to fail now rather than hours later."""
+        job = self._job
+        sizes = [_solved_bytes(block) for block in job.blocks]
+        index = sizes.index(max(sizes))
+        job.progress("rehearsal", 0, 1)
+        with job.phase("rehearsal"), job.loaded(index) as block:
+            rehearsed = LoadedBlock(job.block_name(index), block, self._plain_structure(block), {})
+            if self._probe is not None and self._hidden is not None:
+                structure = self._structure(block, index)
+                moments = {
+                    group[0]: SecondMoment.empty(
+                        linears(block)[group[0]].in_features, job.device
+                    )
+                    for group in structure.groups
+                }
+                part = self._hidden.get(0).clone()
+                run = partial(run_block, block, part, self._arguments[index])
+                with fast_matmul():
+                    observe(block, list(moments), run, _adder(moments))
+                rehearsed = LoadedBlock(
+                    job.block_name(index), block, structure, moments, run
+                )
+            solve([rehearsed], job.method, job.schemes.get, job.method.trusted)
+
+    def _save(self, index: int, block: LoadedBlock, solved: SolvedBlock, seconds: float) -> None:
+        job = self._job
+        tensors: dict[str, Tensor] = {}
+        for local, coded in solved.linears.items():
+            for part, tensor in job.fmt.write(coded.qtensor).items():
+                tensors[f"{block.name}.{local}.{part}"] = tensor
+        quantized = {f"{local}.weight" for local in solved.linears}
+        for local, parameter in block.module.named_parameters():
+            if local not in quantized:
+                name = f"{block.name}.{local}"
+                tensors[name] = to_half(parameter, name)
+        reports = [coded.report for coded in solved.linears.values()]
+        count = max(len(reports), 1)
+        report = BlockReport(
+            name=block.name,
+            error_rtn=sum(linear.error_rtn for linear in reports) / count,
+            error=sum(linear.error for linear in reports) / count,
+            folds=len(solved.scales),
+            seconds=seconds,
+            peak_rss_bytes=peak_rss_bytes(),
+            peak_vram_bytes=(
+                torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else 0
+            ),
+        )
+        first = index < len(job.blocks) and self._first(_kind(job.blocks[index])) == index
+        record: dict[str, Any] = {
+            "block": asdict(report),
+            "linears": [asdict(linear) for linear in reports],
+            "folds": [describe_fold(fold) for fold in block.structure.folds] if first else [],
+        }
+        if job.save_search:
+            digest = job.digest(index) if index < len(job.blocks) else ""
+            self._journal.save_search(index, search_tensors(block.name, digest, solved))
+        self._journal.save_block(index, tensors, record)
+
+    def _first(self, kind: tuple[object, ...]) -> int:
+        """The first block of a kind."""
+        return next(i for i, other in enumerate(self._job.blocks) if _kind(other) == kind)
+
+    def _solve_outside(self) -> None:
+        """Linears in no block, such as the head: as one more block."""
+        job, count = self._job, len(self._job.blocks)
+        if not job.outside or self._journal.done() > count:
+            return
+        began = time.perf_counter()
+        moments: dict[str, SecondMoment] = {}
+        hidden = self._hidden
+        if hidden is not None and self._tokens is not None:
+            moments = {
+                name: SecondMoment.empty(job.skeleton.get_submodule(name).in_features, job.device)
+                for name in job.outside
+            }
+            tokens = self._tokens[: len(hidden.get(0))].to(job.device)
+            with job.phase("statistics"), _embeddings(job), fast_matmul():
+                for part in range(hidden.parts):
+                    run_tail(job.skeleton, job.blocks, tokens, hidden.get(part), _adder(moments))
+        holder = _Outside(job)
+        structure = Structure([(name,) for name in job.outside], [])
+        block = LoadedBlock("", holder, structure, moments)
+        with job.phase("search"):
+            [solved] = solve([block], job.method, job.schemes.get, job.method.trusted)
+        self._save(count, block, solved, time.perf_counter() - began)
+
+
+class _Outside(nn.Module):
+    """The linears in no block, under their full names."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__()
+        stored = {id(p): name for name, p in job.skeleton.named_parameters()}
+        for name in job.outside:
+            owner: nn.Module = self
+            *path, leaf = name.split(".")
+            for step in path:
+                if not hasattr(owner, step):
+                    owner.add_module(step, nn.Module())
+                owner = owner.get_submodule(step)
+            original = job.skeleton.get_submodule(name)
+            linear = nn.Linear(
+                original.in_features, original.out_features, bias=False, device="meta"
+            )
+            # A head that is tied to the embeddings has their tensor.
+            set_tensor(linear, "weight", job.float_tensor(stored[id(original.weight)]))
+            owner.add_module(leaf, linear)
+
+
+@contextmanager
+def _embeddings(job: Job) -> Iterator[None]:
+    """The model with the weights of all that is in no block, but for an untied head."""
+    model = job.skeleton
+    head = model.get_output_embeddings()
+    shared = {id(p) for p in model.get_input_embeddings().parameters()}
+    unused = {id(p) for p in head.parameters()} - shared if head is not None else set()
+    wanted = [
+        name
+        for name, parameter in model.named_parameters()
+        if not name.startswith(f"{job.prefix}.") and id(parameter) not in unused
+    ]
+    for name in wanted:
+        set_tensor(model, name, job.float_tensor(name))
+    _move_buffers(model, job.device)
+    try:
+        yield
+    finally:
+        for name in wanted:
+            like = model.get_parameter(name)
+            set_tensor(model, name, torch.empty_like(like, device="meta"))
+        model.tie_weights()
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            persistent = name not in module._non_persistent_buffers_set
+            module.register_buffer(name, buffer.to(device), persistent=persistent)
+
+
+def _drop(_part: int, _hidden: Tensor) -> None:
+    """Keep nothing."""
+
+
+def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:
+    def add(name: str, x: Tensor) -> None:
+        moments[name].update(x)
+
+    return add
+
+
+def _kind(block: nn.Module) -> tuple[object, ...]:
+    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
+    return (type(block), *shapes)
+
+
+def to_half(tensor: Tensor, name: str) -> Tensor:
+    """A float tensor as it is stored.
+
+    Raises:
+        SalienceError: it overflows fp16.
+    """
+    half = tensor.detach().to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise SalienceError(
+            f"tensor {name} overflows fp16, which the checkpoint stores; such a model cannot be "
+            "quantized yet"
+        )
+    return half

@@ -1,0 +1,132 @@
+"""One quantization: what is made of what, and how. All the steps share it, none changes it."""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from salience.checkpoint import Checkpoint
+from salience.errors import SalienceError
+from salience.formats import Format
+from salience.loading import read_tensor, set_tensor
+from salience.methods import Method
+from salience.recipe import Recipe
+from salience.report import versions
+from salience.scheme import Scheme
+from salience.source import Source
+from salience.structure import linears
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(slots=True)
+class Job:
+    """What every step needs to know.
+
+    Args:
+        source: the model.
+        skeleton: its modules, weights on meta.
+        weights: its tensors by the skeleton's names.
+        prefix: name of the decoder's list of blocks.
+        blocks: that list.
+        method: how to search.
+        schemes: of each linear to quantize, by its full name.
+        fmt: how to store.
+        device: where to compute.
+        progress: called with (phase, done, total).
+        seconds: spent in each phase so far.
+    """
+
+    source: Source
+    skeleton: Any
+    weights: Checkpoint
+    prefix: str
+    blocks: nn.ModuleList
+    method: Method
+    schemes: Mapping[str, Scheme]
+    fmt: Format
+    device: torch.device
+    progress: Progress = lambda _phase, _done, _total: None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of what happens inside to a phase."""
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def block_name(self, index: int) -> str:
+        """The full name of a block."""
+        return f"{self.prefix}.{index}"
+
+    @property
+    def kept(self) -> list[str]:
+        """Linears that stay float."""
+        return [name for name in linears(self.skeleton) if name not in self.schemes]
+
+    @property
+    def outside(self) -> list[str]:
+        """Linears to quantize that are in no block."""
+        return [name for name in self.schemes if not name.startswith(f"{self.prefix}.")]
+
+    def float_tensor(self, name: str) -> Tensor:
+        """A parameter in fp32 on the device.
+
+        Raises:
+            SalienceError: missing, of another shape, or with values that are not finite.
+        """
+        like = self.skeleton.get_parameter(name)
+        tensor = read_tensor(self.weights, name, like).to(self.device).float()
+        if not torch.isfinite(tensor).all():
+            raise SalienceError(
+                f"tensor {name} of {self.weights.path} has values that are not finite; "
+                "the file is damaged or the model diverged"
+            )
+        return tensor
+
+    @contextmanager
+    def loaded(self, index: int) -> Iterator[nn.Module]:
+        """A block with its weights in fp32, and back to nothing."""
+        block, name = self.blocks[index], self.block_name(index)
+        for local, _ in list(block.named_parameters()):
+            set_tensor(block, local, self.float_tensor(f"{name}.{local}"))
+        try:
+            yield block
+        finally:
+            for local, parameter in list(block.named_parameters()):
+                set_tensor(block, local, torch.empty_like(parameter, device="meta"))
+
+    def digest(self, index: int) -> str:
+        """A hash of a block's stored weights."""
+        total = hashlib.sha256()
+        name = self.block_name(index)
+        for local, _ in self.blocks[index].named_parameters():
+            tensor = self.weights.tensor(f"{name}.{local}")
+            total.update(f"{local} {list(tensor.shape)} {tensor.dtype}".encode())
+            total.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+        return total.hexdigest()
+
+
+def identity(
+    job: Job, recipe: Recipe, options: Mapping[str, Any], tokens: Tensor | None
+) -> dict[str, Any]:
+    """All that decides the bytes of the result, by the name a user knows it by."""
+    text = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    threads = torch.get_num_threads() if job.device.type == "cpu" else None
+    return {
+        **options,
+        **{f"--{key}": value for key, value in recipe.describe().items()},
+        "the calibration tokens": text,
+        "--device": job.device.type,
+        "the number of threads": threads,
+        "the model": job.source.fingerprint(),
+        "the versions": versions(),
+    }
