@@ -22,6 +22,7 @@ HEAVY = {
     "typer",
     "datasets",
     "numpy",
+    "matplotlib",
 }
 
 
@@ -43,7 +44,7 @@ def test_the_check_sees_a_heavy_import() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["plan"], ["quantize"], ["inspect"], ["eval"], ["chat"]], ids=str
+    "command", [[], ["plan"], ["quantize"], ["inspect"], ["eval"], ["chat"], ["report"]], ids=str
 )
 def test_help_is_light(command: list[str]) -> None:
     program = f"""

@@ -220,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise SalienceError(f"{path} is not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise SalienceError(f"{path} should hold a JSON object")

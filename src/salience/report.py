@@ -1,10 +1,14 @@
 """What `quantize` did, as a value: printed, and written to `salience_report.json`."""
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from types import UnionType
+from typing import Any, cast, get_args, get_origin, get_type_hints
 
 from salience import __version__
+from salience.checkpoint import read_json
+from salience.errors import SalienceError
 
 REPORT_NAME = "salience_report.json"
 
@@ -97,3 +101,81 @@ def versions() -> dict[str, str]:
     """Versions of what made the result."""
     packages = {name: version(name) for name in ("torch", "transformers")}
     return {"salience": __version__, **packages}
+
+
+def read_report(path: Path) -> Report:
+    """The report of a finished quantization.
+
+    Reports of other versions are read too: what this version does not know is left out, and what
+    that version did not know has its default, or the zero of its type.
+
+    Args:
+        path: the folder that `quantize` wrote, or the report in it.
+
+    Raises:
+        SalienceError: no such file, not JSON, or not a report.
+    """
+    file = path / REPORT_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise SalienceError(f"{file} does not exist; name a folder that salience quantize wrote")
+    try:
+        return cast(Report, _made(Report, read_json(file), ""))
+    except _NoReportError as error:
+        raise SalienceError(f"{file} is not a salience report: {error}") from None
+
+
+# What reports of all versions have.
+_ESSENTIAL: dict[type, set[str]] = {
+    Report: {"method", "linears"},
+    LinearReport: {"name", "error_rtn", "error"},
+}
+_LARGEST_INT = 2**63 - 1
+
+
+class _NoReportError(Exception):
+    """Says what is wrong, and where."""
+
+
+def _made(kind: Any, value: Any, where: str) -> Any:
+    """A dataclass from a JSON object."""
+    if not isinstance(value, dict):
+        raise _NoReportError(f"{where} is not an object")
+    hints = get_type_hints(kind)
+    known = {}
+    for each in fields(kind):
+        place = f"{where}.{each.name}".removeprefix(".")
+        if each.name in value:
+            known[each.name] = _checked(hints[each.name], value[each.name], place)
+        elif each.name in _ESSENTIAL.get(kind, ()):
+            raise _NoReportError(f"{place} is missing")
+        elif each.default is MISSING and each.default_factory is MISSING:
+            known[each.name] = _zero(hints[each.name])
+    return kind(**known)
+
+
+def _checked(kind: Any, value: Any, where: str) -> Any:
+    """A value of an annotated type from JSON."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is UnionType:  # only ever "or None"
+        return None if value is None else _checked(inner[0], value, where)
+    if is_dataclass(kind):
+        return _made(kind, value, where)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        kind = int
+    wanted = origin or kind
+    if wanted is Any:
+        return value
+    # In Python a bool is an int.
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise _NoReportError(f"{where} is no {wanted.__name__}")
+    if wanted is list:
+        return [_checked(inner[0], item, f"{where}[{i}]") for i, item in enumerate(value)]
+    if wanted is dict:
+        return {key: _checked(inner[1], item, f"{where}.{key}") for key, item in value.items()}
+    if wanted is int and abs(value) > _LARGEST_INT:
+        raise _NoReportError(f"{where} is out of range")
+    return value
+
+
+def _zero(kind: Any) -> Any:
+    return None if get_origin(kind) is UnionType else (get_origin(kind) or kind)()

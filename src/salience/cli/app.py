@@ -260,6 +260,26 @@ def chat(
     )
 
 
+@app.command()
+def report(
+    quantized: Annotated[Path, typer.Argument(help="The folder salience quantize wrote.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to make.")] = Path(
+        "report.html"
+    ),
+    force: Annotated[bool, typer.Option("--force", help="Replace the file.")] = False,
+    json: JsonOption = False,
+) -> None:
+    """Draw the report of a finished quantization as one HTML page."""
+    from salience.report import read_report
+    from salience.report_page import write_page
+
+    write_page(read_report(quantized), out, force)
+    if json:
+        print_json({"out": str(out)})
+    else:
+        stdout.print(f"{escape(str(out))}: open it in a browser")
+
+
 def main() -> None:
     """Run the command line; errors a user can cause are one line and their own exit status."""
     # Transformers' warnings are for programmers, and stderr is for one line.
