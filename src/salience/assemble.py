@@ -9,7 +9,7 @@ from salience.engine import to_half
 from salience.job import Job
 from salience.journal import Journal
 from salience.report import REPORT_NAME, BlockReport, LinearReport, Report
-from salience.writer import ShardWriter, disk_errors, write_json
+from salience.writer import ShardWriter, disk_errors
 
 
 def collect(job: Job, journal: Journal, report: Report) -> None:
@@ -49,11 +49,11 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
             writer.add(name, job.weights.tensor(name))
         elif name in parameters - coded and not name.startswith(f"{job.prefix}."):
             writer.add(name, to_half(job.float_tensor(name), name))
-    writer.finish()
-    write_json(journal.final / "config.json", _config(job))
-    write_json(journal.final / REPORT_NAME, asdict(report))
+    writer.write_json("config.json", _config(job))
+    writer.write_json(REPORT_NAME, asdict(report))
     with disk_errors(journal.final):
         job.source.save_assets(journal.final)
+    writer.finish()
 
 
 def _pieces(job: Job) -> int:

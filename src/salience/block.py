@@ -330,7 +330,7 @@ def _code(
                 error=error / energy,
                 kept_rtn=worse,
             )
-            # Codes that need moments are compared with plain rounding again when they are made again.
+            # Codes that need moments are compared with plain rounding whenever they are made.
             if worse and not method.reads_moments_to_code:
                 own = Grid(qt.scales, qt.zeros, own.levels)
             coded[name] = Coded(qt, own, report)

@@ -31,10 +31,10 @@ from salience.job import Job
 from salience.journal import Journal
 from salience.loading import set_tensor
 from salience.machine import fast_matmul, peak_rss_bytes
-from salience.report import BlockReport, describe_fold
+from salience.report import BlockReport
 from salience.search import search_tensors
 from salience.stats import SecondMoment
-from salience.structure import discover_folds, linears, sink_groups
+from salience.structure import Fold, discover_folds, linears, sink_groups
 
 PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
 WINDOW_BYTES = 2**29
@@ -60,8 +60,8 @@ def run_blocks(
         _Engine(job, tokens, journal, on_disk).run(rehearse)
     except torch.OutOfMemoryError as error:
         raise DoesNotFitError(
-            f"{job.device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory that "
-            "is really free, fewer --samples, a shorter --seqlen, or --device cpu"
+            f"{job.device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory "
+            "that is really free, a shorter --seqlen, or --device cpu"
         ) from None
 
 
@@ -165,15 +165,17 @@ class _Engine:
                 solved = solve(loaded, job.method, job.schemes.get, job.method.trusted)
             with job.phase("write"):
                 seconds = (time.perf_counter() - began) / len(indices)
-                for index, block, result in zip(indices, loaded, solved, strict=True):
+                for index, each, result in zip(indices, loaded, solved, strict=True):
                     if index >= done:
-                        self._save(index, block, result, seconds)
+                        self._save(index, each, result, seconds)
         with job.phase("write"):
             self._journal.forget_hidden(indices.stop)
 
     def _gather(self, block: nn.Module, index: int) -> LoadedBlock:
         """A block's structure and moments; the hidden states move past it."""
         job, name = self._job, self._job.block_name(index)
+        if job.search is not None:
+            job.search.check(name, job.digest(index))
         if self._probe is None:
             return LoadedBlock(name, block, self._plain_structure(block), {})
         with job.phase("structure"):
@@ -253,18 +255,14 @@ class _Engine:
             if self._probe is not None and self._hidden is not None:
                 structure = self._structure(block, index)
                 moments = {
-                    group[0]: SecondMoment.empty(
-                        linears(block)[group[0]].in_features, job.device
-                    )
+                    group[0]: SecondMoment.empty(linears(block)[group[0]].in_features, job.device)
                     for group in structure.groups
                 }
                 part = self._hidden.get(0).clone()
                 run = partial(run_block, block, part, self._arguments[index])
                 with fast_matmul():
                     observe(block, list(moments), run, _adder(moments))
-                rehearsed = LoadedBlock(
-                    job.block_name(index), block, structure, moments, run
-                )
+                rehearsed = LoadedBlock(job.block_name(index), block, structure, moments, run)
             solve([rehearsed], job.method, job.schemes.get, job.method.trusted)
 
     def _save(self, index: int, block: LoadedBlock, solved: SolvedBlock, seconds: float) -> None:
@@ -287,15 +285,13 @@ class _Engine:
             folds=len(solved.scales),
             seconds=seconds,
             peak_rss_bytes=peak_rss_bytes(),
-            peak_vram_bytes=(
-                torch.cuda.max_memory_allocated(job.device) if job.device.type == "cuda" else 0
-            ),
+            peak_vram_bytes=job.peak_vram_bytes(),
         )
         first = index < len(job.blocks) and self._first(_kind(job.blocks[index])) == index
         record: dict[str, Any] = {
             "block": asdict(report),
             "linears": [asdict(linear) for linear in reports],
-            "folds": [describe_fold(fold) for fold in block.structure.folds] if first else [],
+            "folds": [_describe(fold) for fold in block.structure.folds] if first else [],
         }
         if job.save_search:
             digest = job.digest(index) if index < len(job.blocks) else ""
@@ -398,6 +394,17 @@ def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:
 def _kind(block: nn.Module) -> tuple[object, ...]:
     shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
     return (type(block), *shapes)
+
+
+def _describe(fold: Fold) -> dict[str, Any]:
+    """A fold as a report has it."""
+    return {
+        "prev": fold.prev,
+        "sinks": list(fold.sinks),
+        "rule": fold.rule,
+        "channels": fold.channels,
+        "error": fold.error,
+    }
 
 
 def to_half(tensor: Tensor, name: str) -> Tensor:

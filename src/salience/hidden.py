@@ -88,6 +88,6 @@ class HiddenStates:
         growing = file.with_name(f"{file.name}.growing")
         with disk_errors(file):
             with growing.open("ab" if part else "wb") as stream:
-                stream.write(memoryview(hidden.float().cpu().contiguous().numpy()).cast("B"))
+                stream.write(hidden.float().cpu().contiguous().numpy().data)
             if part == self.parts - 1:
                 growing.rename(file)

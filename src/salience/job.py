@@ -18,6 +18,7 @@ from salience.methods import Method
 from salience.recipe import Recipe
 from salience.report import versions
 from salience.scheme import Scheme
+from salience.search import Search
 from salience.source import Source
 from salience.structure import linears
 
@@ -38,6 +39,8 @@ class Job:
         schemes: of each linear to quantize, by its full name.
         fmt: how to store.
         device: where to compute.
+        search: scales and grids found before, in place of a search.
+        save_search: keep what is found.
         progress: called with (phase, done, total).
         seconds: spent in each phase so far.
     """
@@ -51,6 +54,8 @@ class Job:
     schemes: Mapping[str, Scheme]
     fmt: Format
     device: torch.device
+    search: Search | None = None
+    save_search: bool = False
     progress: Progress = lambda _phase, _done, _total: None
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -76,6 +81,16 @@ class Job:
     def outside(self) -> list[str]:
         """Linears to quantize that are in no block."""
         return [name for name in self.schemes if not name.startswith(f"{self.prefix}.")]
+
+    def is_tied(self, name: str) -> bool:
+        """Whether a linear's weight is the embeddings'."""
+        shared = {id(p) for p in self.skeleton.get_input_embeddings().parameters()}
+        return id(self.skeleton.get_submodule(name).weight) in shared
+
+    def peak_vram_bytes(self) -> int:
+        """Most GPU memory of tensors so far, 0 on CPUs."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.max_memory_allocated(self.device) if on_gpu else 0
 
     def float_tensor(self, name: str) -> Tensor:
         """A parameter in fp32 on the device.
@@ -111,7 +126,7 @@ class Job:
         for local, _ in self.blocks[index].named_parameters():
             tensor = self.weights.tensor(f"{name}.{local}")
             total.update(f"{local} {list(tensor.shape)} {tensor.dtype}".encode())
-            total.update(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
 
 
@@ -127,6 +142,6 @@ def identity(
         "the calibration tokens": text,
         "--device": job.device.type,
         "the number of threads": threads,
-        "the model": job.source.fingerprint(),
-        "the versions": versions(),
+        **{f"the model's {file}": value for file, value in job.source.fingerprint().items()},
+        **{f"the version of {name}": value for name, value in versions().items()},
     }

@@ -29,7 +29,6 @@ from salience.checkpoint import read_json
 from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.writer import check_free, disk_errors, replacing, sync, write_json, write_tensors
 
-
 _CONTINUABLE = (StorageError, DoesNotFitError)
 
 
@@ -121,9 +120,14 @@ class Journal:
         """Write what was found for a block, before the block itself."""
         write_tensors(self._search(index), tensors, {})
 
-    def search(self, index: int) -> Any:
-        """What was found for a block, an open safetensors file."""
-        return safe_open(self._search(index), framework="pt")
+    def write_search(self, path: Path, info: Mapping[str, str], blocks: int) -> None:
+        """Put what was found for all blocks into one file."""
+        tensors = {}
+        for index in range(blocks):
+            with safe_open(self._search(index), framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    tensors[name] = file.get_tensor(name)
+        write_tensors(path, tensors, info)
 
     def record(self, index: int) -> dict[str, Any]:
         """The record of a block that is done."""

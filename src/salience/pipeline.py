@@ -11,56 +11,39 @@ that starting kernels would take longer than running them). Each finished block 
 beside the output, so that after a kill the same command goes on from there.
 """
 
-import shutil
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from salience.block import LoadedBlock, SolvedBlock, Structure, solve
-from salience.calibration import (
-    Arguments,
-    Calibration,
-    micro_batch,
-    observe,
-    record_inputs,
-    run_block,
-)
-from salience.checkpoint import read_json
-from salience.errors import DoesNotFitError, SalienceError
+from salience.assemble import assemble, collect
+from salience.calibration import Calibration
+from salience.engine import run_blocks
 from salience.formats import get_format
-from salience.hidden import HiddenStates
-from salience.job import Job, Progress, job_identity
+from salience.job import Job, Progress, identity
 from salience.journal import Journal
-from salience.loading import read_tensor, resolve_device, set_tensor
-from salience.machine import fast_matmul, peak_rss_bytes
+from salience.loading import read_tensor, resolve_device
+from salience.machine import peak_rss_bytes
 from salience.methods import get_method
-from salience.plan import Budget, check_schemes, check_source, checkpoint_bytes, choose_budget
+from salience.plan import check_schemes, check_source, checkpoint_bytes, choose_budget, mean_bits
 from salience.recipe import Recipe
-from salience.report import REPORT_NAME, BlockReport, LinearReport, Report, versions
+from salience.report import Report, read_report, versions
 from salience.scheme import Scheme
-from salience.search import SearchFile, SearchWriter
+from salience.search import open_search, search_metadata
 from salience.source import open_source
-from salience.stats import SecondMoment
-from salience.structure import discover_folds, find_blocks, linears, sink_groups
-from salience.writer import ShardWriter, check_disk, disk_errors
-
-_PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
+from salience.structure import find_blocks, linears
+from salience.writer import check_disk, check_file
 
 
 def quantize(
     model: str,
     out: str | Path,
     *,
-    method: str = "awq",
-    effort: str = "fast",
-    scheme: Scheme | str = "w4g128",
+    method: str | None = None,
+    effort: str | None = None,
+    scheme: Scheme | str | None = None,
     rules: Sequence[tuple[str, Scheme | str]] = (),
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -80,9 +63,9 @@ def quantize(
     Args:
         model: a folder, a `.gguf` file, a Hub name, or `smollm2-135m`.
         out: the folder to make; it appears when it is whole.
-        method: "awq", "gptq" or "rtn".
-        effort: "fast", or "balanced" for AWQ's scales and grids with GPTQ's codes.
-        scheme: of the linears in the blocks, a Scheme or its name such as "w4g128".
+        method: "awq" (None), "gptq" or "rtn".
+        effort: "fast" (None), or "balanced": AWQ's scales and grids with GPTQ's codes.
+        scheme: of the linears in the blocks, a Scheme or its name; None is w4g128.
         rules: (pattern, scheme) of linears that get another scheme; they reach `lm_head` too.
         skip: patterns of linears that stay float.
         only: patterns, one of which a linear must match to be quantized.
@@ -91,7 +74,8 @@ def quantize(
         device: where blocks run, "auto" for the GPU if there is one.
         max_memory: bytes the work may take on its device; None for what is free.
         save_search: also write the scales and grids found to this file.
-        from_search: take scales and grids from such a file instead of searching.
+        from_search: take scales and grids from such a file instead of searching; what is None
+            above is then what the search was made with.
         trust_remote_code: let the model's own Python code run.
         progress: called with (phase, done, total).
 
@@ -105,57 +89,99 @@ def quantize(
     """
     start = time.perf_counter()
     target = Path(out)
+    search = open_search(Path(from_search)) if from_search is not None else None
+    made = search.info if search is not None else {}
+    method = method or str(made.get("method", "awq"))
+    effort = effort or str(made.get("effort", "fast"))
+    chosen = get_method(method, effort)
     place = resolve_device(device)
     source = open_source(model, trust_remote_code)
     skeleton = source.skeleton()
     prefix, blocks = find_blocks(skeleton)
-    parsed = tuple((pattern, _scheme(each)) for pattern, each in rules)
-    recipe = Recipe(_scheme(scheme), parsed, tuple(skip), tuple(only))
-    searched = SearchFile.open(Path(from_search)) if from_search is not None else None
+    rest = tuple((pattern, _scheme(each)) for pattern, each in rules)
+    recipe = Recipe(_scheme(scheme or "w4g128"), rest, tuple(skip), tuple(only))
+    schemes: Mapping[str, Scheme] = recipe.resolve(list(linears(skeleton)), prefix)
+    if search is not None:
+        # The search knows; what is said beside it can only agree.
+        given = schemes if (scheme or rules or skip or only) else None
+        schemes = search.schemes_for(schemes, given)
+        chosen = search.method(chosen)
     job = Job(
         source=source,
         skeleton=skeleton,
         weights=source.weights(skeleton),
         prefix=prefix,
         blocks=blocks,
-        method=get_method(method, effort),
-        schemes=recipe.resolve(list(linears(skeleton)), prefix),
+        method=chosen,
+        schemes=schemes,
         fmt=get_format(format),
         device=place,
+        search=search,
+        save_search=save_search is not None,
         progress=progress or (lambda _phase, _done, _total: None),
-        search=SearchWriter() if save_search is not None else None,
     )
     check_source(source, skeleton, job.weights)
-    check_schemes(skeleton, job.schemes, job.fmt)
-    if searched is not None:
-        job.method = searched.method(job.method, recipe.scheme)
-    text = (calibration or Calibration()) if job.reads_text else None
-    budget = choose_budget(skeleton, job.schemes, text, job.method, place, max_memory)
-    check_disk(target, 2 * checkpoint_bytes(skeleton, job.schemes) + budget.disk_bytes)
+    check_schemes(skeleton, schemes, job.fmt)
+    if save_search is not None:
+        check_file(Path(save_search))
+    text = (calibration or Calibration()) if chosen.reads_text else None
+    budget = choose_budget(source, skeleton, schemes, text, chosen, place, max_memory)
+    check_disk(target, 2 * checkpoint_bytes(skeleton, schemes) + budget.temporary_bytes)
     tokens = text.tokens(source.tokenizer) if text else None
     report = Report(
         model=model,
         out=str(target),
         method=method,
         effort=effort,
-        scheme=str(recipe.scheme),
+        scheme=str(recipe.scheme) if search is None else made.get("scheme", str(recipe.scheme)),
         format=format,
         calibration=text.describe() if text else None,
         device=str(place),
         versions=versions(),
         options=recipe.describe(),
+        bits_per_weight=mean_bits(skeleton, schemes),
         kept_modules=job.kept,
     )
-    identity = job_identity(job, recipe, effort, method, format, text, tokens, from_search)
-    with Journal(target, identity) as journal, torch.no_grad():
+    options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": format}
+    options |= {"--from-search": str(from_search), "--save-search": str(save_search)}
+    options |= {"--calibration": report.calibration}
+    with Journal(target, identity(job, recipe, options, tokens)) as journal, torch.no_grad():
         if not journal.finished:
             _fill_buffers(job)
-            if budget.is_close:
-                _rehearse(job, text, budget)
-            _run(job, tokens, budget, journal, report)
-            _assemble(job, journal, report, start)
+            run_blocks(job, tokens, journal, budget.on_disk, budget.is_close)
+            with job.phase("write"):
+                collect(job, journal, report)
+                if save_search is not None:
+                    metadata = search_metadata(_search_info(job, report))
+                    journal.write_search(Path(save_search), metadata, len(report.blocks))
+                report.phase_seconds = job.seconds
+                report.seconds = time.perf_counter() - start
+                report.peak_rss_bytes = peak_rss_bytes()
+                report.peak_vram_bytes = job.peak_vram_bytes()
+                assemble(job, journal, report)
         journal.publish()
-        result = Report.from_dict(read_json(target / REPORT_NAME))
-        if save_search is not None and job.search is not None:
-            job.search.save(Path(save_search), result)
-    return result
+    return read_report(target)
+
+
+def _scheme(scheme: Scheme | str) -> Scheme:
+    return Scheme.parse(scheme) if isinstance(scheme, str) else scheme
+
+
+def _fill_buffers(job: Job) -> None:
+    """Read the buffers that are stored; they are small, so all stay in memory."""
+    stored = job.weights.names()
+    for name, buffer in job.skeleton.named_buffers():
+        if name in stored:
+            buffer.copy_(read_tensor(job.weights, name, buffer))
+
+
+def _search_info(job: Job, report: Report) -> dict[str, Any]:
+    return {
+        "model": report.model,
+        "method": report.method,
+        "effort": report.effort,
+        "scheme": report.scheme,
+        "schemes": {name: str(scheme) for name, scheme in job.schemes.items()},
+        "calibration": report.calibration,
+        "versions": report.versions,
+    }

@@ -256,9 +256,7 @@ def device_memory(
     held = window(blocks, device)
     largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
     weights = held * sum(p.numel() for p in largest.parameters())
-    outside = sum(
-        p.numel() for n, p in model.named_parameters() if not n.startswith(f"{prefix}.")
-    )
+    outside = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(f"{prefix}."))
     embedding = model.get_input_embeddings().weight
     groups = _groups(largest)
     solved = max((_solve_floats(rows, columns, device, method) for rows, columns in groups))

@@ -82,6 +82,8 @@ class Report:
     seconds: float = 0.0
     phase_seconds: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
+    peak_vram_bytes: int = 0
+    options: dict[str, Any] = field(default_factory=dict)
     bits_per_weight: float = 0.0
     error_rtn: float = 0.0
     error: float = 0.0

@@ -100,9 +100,29 @@ class Search:
                 f"{self.info.get('model', 'it was made for')}, or search anew"
             )
 
-    def schemes(self) -> dict[str, Scheme]:
-        """The scheme of each linear, by its full name; empty where the file does not say."""
-        return {name: Scheme.parse(text) for name, text in self.info.get("schemes", {}).items()}
+    def schemes_for(
+        self, default: Mapping[str, Scheme], given: Mapping[str, Scheme] | None
+    ) -> Mapping[str, Scheme]:
+        """The scheme of each linear that the search was made for.
+
+        Args:
+            default: for a file that does not say.
+            given: what the user asked for, if anything.
+
+        Raises:
+            SalienceError: the user asked for something else.
+        """
+        if "schemes" not in self.info:
+            return default
+        own = {name: Scheme.parse(text) for name, text in self.info["schemes"].items()}
+        for name in own.keys() | (given or own).keys():
+            wanted = (given or own).get(name)
+            if wanted != own.get(name):
+                raise SalienceError(
+                    f"{self.path} was searched with {own.get(name, 'float')} for {name}, not "
+                    f"{wanted or 'float'}; leave --scheme and the patterns away, or search anew"
+                )
+        return own
 
     def method(self, base: Method) -> Method:
         """`base` with these scales and grids for its own."""
@@ -234,15 +254,6 @@ def _block_of(name: str, fold: Fold) -> str:
     return name[: -len(local) - 1]
 
 
-def search_info(
-    model: str, method: str, effort: str, schemes: Mapping[str, Scheme], text: Any
-) -> dict[str, str]:
-    """The metadata of a search file."""
-    info = {
-        "model": model,
-        "method": method,
-        "effort": effort,
-        "schemes": {name: str(scheme) for name, scheme in schemes.items()},
-        "calibration": text,
-    }
+def search_metadata(info: Mapping[str, Any]) -> dict[str, str]:
+    """The metadata of a search file that says `info` of itself."""
     return {"kind": _KIND, "info": json.dumps(info)}

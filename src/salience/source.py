@@ -72,6 +72,17 @@ class Source:
     def is_gguf(self) -> bool:
         return self.path.is_file()
 
+    def fingerprint(self) -> dict[str, str]:
+        """Size and time of change of each file that decides what the model computes."""
+        files = [self.path]
+        if not self.is_gguf:
+            files = [*self.path.glob("*.safetensors"), self.path / "config.json"]
+        found = {}
+        for file in sorted(files):
+            status = file.stat()
+            found[file.name] = f"{status.st_size} bytes of {status.st_mtime_ns}"
+        return found
+
     def skeleton(self, dtype: torch.dtype = torch.float32) -> Any:
         """The Transformers model in eval mode: parameters on meta, buffers computed in `dtype`.
 

@@ -142,6 +142,18 @@ def check_free(out: Path) -> None:
         raise SalienceError(f"a disk is mounted at output {out}; name a new folder in it")
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file to write that cannot be made.
+
+    Raises:
+        SalienceError: it is there already, or its folder is not.
+    """
+    if path.exists():
+        raise SalienceError(f"{path} exists; name another file")
+    if not path.resolve().parent.is_dir():
+        raise SalienceError(f"the folder of {path} does not exist; make it first")
+
+
 def check_disk(out: Path, need: int) -> None:
     """Refuse to start what the disk cannot hold.
 

@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from salience.cli.console import print_json, progress_bar, size, stderr, stdout
+from salience.cli.console import parse_size, print_json, progress_bar, size, stderr, stdout
 from salience.errors import SalienceError
 from salience.scheme import Scheme
 
@@ -29,11 +29,13 @@ _WrongUseError: type[Any] = typer.BadParameter.__mro__[2]
 
 class MethodName(str, Enum):
     awq = "awq"
+    gptq = "gptq"
     rtn = "rtn"
 
 
 class EffortName(str, Enum):
     fast = "fast"
+    balanced = "balanced"
 
 
 class FormatName(str, Enum):
@@ -41,8 +43,35 @@ class FormatName(str, Enum):
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]
-SchemeOption = Annotated[str, typer.Option("--scheme", help="Bits and group size: w4g128, w4g64.")]
-MethodOption = Annotated[MethodName, typer.Option("--method", help="How weights are coded.")]
+SchemeOption = Annotated[
+    str | None, typer.Option("--scheme", help="Bits and group size: w4g128 (default), w3g64.")
+]
+RulesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        help='"REGEX=SCHEME": another scheme for the linears whose name it matches; repeatable. '
+        'Reaches the head too: "lm_head=w8g128".',
+    ),
+]
+SkipOption = Annotated[
+    list[str] | None, typer.Option("--skip", help="REGEX of linears that stay float; repeatable.")
+]
+OnlyOption = Annotated[
+    list[str] | None,
+    typer.Option("--only", help="REGEX that a linear must match to be quantized; repeatable."),
+]
+MethodOption = Annotated[
+    MethodName | None, typer.Option("--method", help="How weights are coded (default awq).")
+]
+EffortOption = Annotated[
+    EffortName | None,
+    typer.Option("--effort", help="fast: AWQ (default); balanced: AWQ, then GPTQ's codes."),
+]
+MemoryOption = Annotated[
+    str | None,
+    typer.Option("--max-memory", help="Most memory of --device to use, such as 8GiB."),
+]
 FormatOption = Annotated[FormatName, typer.Option("--format", help="Checkpoint format.")]
 TextOption = Annotated[
     str,
@@ -64,13 +93,18 @@ KernelOption = Annotated[str, typer.Option("--kernel", help="auto, reference or 
 @app.command()
 def plan(
     model: Model,
-    scheme: SchemeOption = "w4g128",
-    method: MethodOption = MethodName.awq,
+    method: MethodOption = None,
+    effort: EffortOption = None,
+    scheme: SchemeOption = None,
+    rule: RulesOption = None,
+    skip: SkipOption = None,
+    only: OnlyOption = None,
     format: FormatOption = FormatName.awq,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 512,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where it would be written.")] = Path(),
     device: DeviceOption = "auto",
+    max_memory: MemoryOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -78,18 +112,27 @@ def plan(
     from salience.calibration import Calibration
     from salience.formats import get_format
     from salience.loading import resolve_device
+    from salience.methods import get_method
     from salience.plan import make_plan
+    from salience.recipe import Recipe
     from salience.source import open_source
+    from salience.structure import find_blocks, linears
 
-    text = None if method is MethodName.rtn else Calibration(samples=samples, seqlen=seqlen)
+    chosen = get_method(*_method(method, effort))
+    source = open_source(model, trust_remote_code)
+    skeleton = source.skeleton()
+    recipe = Recipe(
+        Scheme.parse(scheme or "w4g128"), _rules(rule), tuple(skip or ()), tuple(only or ())
+    )
     result = make_plan(
-        open_source(model, trust_remote_code),
-        Scheme.parse(scheme),
+        source,
+        recipe.resolve(list(linears(skeleton)), find_blocks(skeleton)[0]),
         get_format(format.value),
-        text,
-        method.value,
+        Calibration(samples=samples, seqlen=seqlen) if chosen.reads_text else None,
+        chosen,
         resolve_device(device),
         out,
+        parse_size(max_memory),
     )
     if json:
         print_json(asdict(result))
@@ -99,15 +142,19 @@ def plan(
         table.add_row("quantized", f"{result.quantized_parameters / 1e6:.1f} M to {result.scheme}")
         table.add_row("bits per quantized weight", f"{result.bits_per_weight:.2f}")
         table.add_row("disk", f"{size(result.source_bytes)} to {size(result.disk_bytes)}")
+        table.add_row("disk, while it is made", size(result.temporary_bytes))
         table.add_row("peak RAM", size(result.ram_bytes))
         if result.vram_bytes:
             table.add_row("peak GPU memory", size(result.vram_bytes))
+        for phase, count in result.memory.items():
+            table.add_row(f"tensors in {phase}", size(count))
         for phase, seconds in result.seconds.items():
             table.add_row(phase, f"about {seconds:.0f} s on {result.device}")
+        table.add_row("hidden states", "on the disk" if result.hidden_on_disk else "in memory")
         table.add_row("fits", "yes" if result.fits else "no")
         stdout.print(table)
         for line in result.advice:
-            stdout.print(line)
+            stdout.print(escape(line))
     if not result.fits:
         raise typer.Exit(3)
 
@@ -116,38 +163,57 @@ def plan(
 def quantize(
     model: Model,
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")],
-    method: MethodOption = MethodName.awq,
-    effort: Annotated[EffortName, typer.Option("--effort", help="fast: AWQ.")] = EffortName.fast,
-    scheme: SchemeOption = "w4g128",
+    method: MethodOption = None,
+    effort: EffortOption = None,
+    scheme: SchemeOption = None,
+    rule: RulesOption = None,
+    skip: SkipOption = None,
+    only: OnlyOption = None,
     format: FormatOption = FormatName.awq,
     calibration: TextOption = "pydoc",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 512,
     seed: Annotated[int, typer.Option("--seed", help="Which part of the text.")] = 0,
     device: DeviceOption = "auto",
+    max_memory: MemoryOption = None,
+    save_search: Annotated[
+        Path | None, typer.Option("--save-search", help="Also write scales and grids to this file.")
+    ] = None,
+    from_search: Annotated[
+        Path | None,
+        typer.Option("--from-search", help="Use scales and grids of this file (or llm-awq's .pt)."),
+    ] = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
-    """Quantize MODEL into a new checkpoint folder."""
+    """Quantize MODEL into a new checkpoint folder; after a kill the same command goes on."""
     from salience.calibration import Calibration
     from salience.pipeline import quantize as run
 
-    with progress_bar(f"{method.value} {scheme}") as progress:
+    names = [each.value for each in (method, effort) if each is not None]
+    with progress_bar(" ".join([*names, scheme or ""]).strip() or "quantize") as progress:
         report = run(
             model,
             out,
-            method=method.value,
+            method=method and method.value,
+            effort=effort and effort.value,
             scheme=scheme,
+            rules=_rules(rule),
+            skip=tuple(skip or ()),
+            only=tuple(only or ()),
             format=format.value,
             calibration=Calibration(calibration, samples, seqlen, seed),
             device=device,
-            effort=effort.value,
+            max_memory=parse_size(max_memory),
+            save_search=save_search,
+            from_search=from_search,
             trust_remote_code=trust_remote_code,
             progress=progress,
         )
     if json:
         keys = ["out", "method", "effort", "scheme", "format", "seconds", "phase_seconds"]
-        keys += ["peak_rss_bytes", "bits_per_weight", "kept_modules", "calibration"]
+        keys += ["peak_rss_bytes", "peak_vram_bytes", "bits_per_weight", "error_rtn", "error"]
+        keys += ["kept_modules", "calibration"]
         values = asdict(report)
         quantized = [linear.name for linear in report.linears]
         print_json({key: values[key] for key in keys} | {"quantized_modules": quantized})
@@ -160,6 +226,20 @@ def quantize(
         f"rounding's ({kept} linears kept it), {report.seconds:.0f} s, "
         f"{size(report.peak_rss_bytes)} peak"
     )
+
+
+def _method(method: MethodName | None, effort: EffortName | None) -> tuple[str, str]:
+    return (method.value if method else "awq", effort.value if effort else "fast")
+
+
+def _rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:
+    rules = []
+    for text in texts or ():
+        pattern, equals, scheme = text.rpartition("=")
+        if not equals:
+            raise SalienceError(f'--rule {text!r} is not understood; write it "REGEX=SCHEME"')
+        rules.append((pattern, Scheme.parse(scheme)))
+    return tuple(rules)
 
 
 @app.command()
@@ -291,6 +371,7 @@ def main() -> None:
     except SalienceError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; what can be continued goes on with the same command", file=sys.stderr)
         sys.exit(130)
 
 

@@ -1,12 +1,15 @@
 """What the commands print: progress and errors on stderr, results on stdout."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from salience.errors import SalienceError
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -40,3 +43,21 @@ def print_json(value: dict[str, Any]) -> None:
 def size(count: float) -> str:
     """Bytes for people."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def parse_size(text: str | None) -> int | None:
+    """Bytes of a text such as "8GiB" or "500MB"; None of None.
+
+    Raises:
+        SalienceError: it is no such text.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?i?B)", text.strip(), re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise SalienceError(f"size {text!r} is not understood; write it like 8GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
