@@ -63,6 +63,11 @@ def test_reference(bits: int, group_size: int, dtype: torch.dtype) -> None:
     check(x, make(bits, group_size))
 
 
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_rows_that_end_within_a_word(bits: int) -> None:
+    check(torch.randn(5, 33), make(bits, 11, columns=33))
+
+
 @pytest.mark.parametrize("bits", [3, 4])
 def test_reference_in_activation_order(bits: int) -> None:
     qt = make(bits, 32, act_order=True)
@@ -126,11 +131,12 @@ def test_choose() -> None:
     assert choose(Scheme(3, 128), CPU, 256, 64).name == "reference"
     assert choose(Scheme(4, 128), torch.device("meta"), 256, 64).name == "reference"
     assert choose(Scheme(8, -1), CPU, 20, 64).name == "reference"
+    assert choose(Scheme(3, 11), CPU, 33, 7).name == "reference"
 
 
 def test_choose_refuses_what_nothing_supports() -> None:
-    with pytest.raises(SalienceError, match=r"no kernel supports w3g8 \[64, 40\] on cpu"):
-        choose(Scheme(3, 8), CPU, 40, 64)
+    with pytest.raises(SalienceError, match=r"no kernel supports w3g16 \[64, 40\] on cpu"):
+        choose(Scheme(3, 16), CPU, 40, 64)
 
 
 def test_names() -> None:

@@ -27,6 +27,7 @@ LAYERS = {
     "salience.kernels": 21,
     "salience.formats.base": 20,
     "salience.formats.autoawq": 20,
+    "salience.formats.compressed_tensors": 20,
     "salience.formats": 21,
     "salience.linear": 30,
     "salience.structure": 30,

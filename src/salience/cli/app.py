@@ -38,6 +38,7 @@ class EffortName(str, Enum):
 
 class FormatName(str, Enum):
     awq = "awq"
+    compressed_tensors = "compressed-tensors"
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]
