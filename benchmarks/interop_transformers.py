@@ -11,6 +11,7 @@ Runs in an environment of its own, without salience:
 OUT has checkpoint folders NAME and files NAME.safetensors with `input_ids` and the `logits` that
 salience has for them. Each folder is loaded unchanged, in fp32 on the CPU. Prints one JSON line for
 each: `error` is |theirs - ours| / |ours|, `quantized` how many modules Transformers took as such.
+bitsandbytes would compute in fp16, or on some CPUs in bf16; here it is told to do so in fp32.
 Exits 1 when an error is too large, when a tensor of the checkpoint had no place, or when nothing
 was quantized.
 
@@ -56,12 +57,16 @@ def compare(folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, object
         hasattr(module, "weight_packed") or type(module).__name__ == "Linear4bit"
         for module in modules
     )
+    for module in modules:
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False
     with torch.no_grad():
         theirs = model(input_ids=expected["input_ids"], use_cache=False).logits.double()
     ours = expected["logits"].double()
     error = ((theirs - ours).norm() / ours.norm()).item()
     strays = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]]))
-    limit = ROUNDED if dequantized or method == "bitsandbytes" else EXACT
+    limit = ROUNDED if dequantized else EXACT
     return {
         "checkpoint": folder.name,
         "method": method,

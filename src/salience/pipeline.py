@@ -35,7 +35,7 @@ from salience.errors import SalienceError
 from salience.formats import Format, get_format
 from salience.loading import read_tensor, resolve_device, set_tensor
 from salience.machine import peak_rss_bytes
-from salience.methods import Method, get_method
+from salience.methods import Method, check_method, get_method
 from salience.plan import (
     MICRO_BATCH_TOKENS,
     SHARD_BYTES,
@@ -110,9 +110,10 @@ def quantize(
         progress or (lambda _phase, _done, _total: None),
     )
     check_source(source, skeleton, job.weights)
+    check_method(job.method, job.scheme)
     check_scheme(skeleton, job.scheme, job.fmt)
     check_disk(target, checkpoint_bytes(skeleton, job.scheme))
-    text = None if job.method.name == "rtn" else calibration or Calibration()
+    text = None if job.method.name in ("rtn", "nf4") else calibration or Calibration()
     report = Report(
         model=model,
         out=str(target),

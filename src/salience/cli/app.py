@@ -30,6 +30,7 @@ _WrongUseError: type[Any] = typer.BadParameter.__mro__[2]
 class MethodName(str, Enum):
     awq = "awq"
     rtn = "rtn"
+    nf4 = "nf4"
 
 
 class EffortName(str, Enum):
@@ -39,6 +40,7 @@ class EffortName(str, Enum):
 class FormatName(str, Enum):
     awq = "awq"
     compressed_tensors = "compressed-tensors"
+    bitsandbytes = "bitsandbytes"
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]
@@ -82,7 +84,11 @@ def plan(
     from salience.plan import make_plan
     from salience.source import open_source
 
-    text = None if method is MethodName.rtn else Calibration(samples=samples, seqlen=seqlen)
+    text = (
+        None
+        if method in (MethodName.rtn, MethodName.nf4)
+        else Calibration(samples=samples, seqlen=seqlen)
+    )
     result = make_plan(
         open_source(model, trust_remote_code),
         Scheme.parse(scheme),

@@ -6,13 +6,15 @@ from typing import Any
 from salience.errors import SalienceError
 from salience.formats.autoawq import AutoAwq
 from salience.formats.base import Format
+from salience.formats.bitsandbytes import BitsAndBytes
 from salience.formats.compressed_tensors import CompressedTensors
 
-FORMATS: tuple[Format, ...] = (AutoAwq(), CompressedTensors())
+FORMATS: tuple[Format, ...] = (AutoAwq(), CompressedTensors(), BitsAndBytes())
 
 __all__ = [
     "FORMATS",
     "AutoAwq",
+    "BitsAndBytes",
     "CompressedTensors",
     "Format",
     "detect_format",
