@@ -61,6 +61,9 @@ def compare(folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, object
         if type(module).__name__ == "Linear4bit":
             module.compute_dtype = module.weight.quant_state.dtype = torch.float32
             module.support_avx512bf16_for_cpu = False
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()  # bitsandbytes has them loaded as stored
     with torch.no_grad():
         theirs = model(input_ids=expected["input_ids"], use_cache=False).logits.double()
     ours = expected["logits"].double()
