@@ -348,3 +348,60 @@ def test_a_scheme_for_each_linear(compressed: Path, llama: Path, tmp_path: Path)
     (out / "config.json").write_text(json.dumps(config))
     with pytest.raises(SalienceError, match=r"linear lm_head of .*: .* ignores it"):
         salience.load(out)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq"])
+def test_nf4(llama: Path, tmp_path: Path, scheme: str) -> None:
+    """bitsandbytes keeps the name of the float weight; the head, which has one, stays float."""
+    out, floats = tmp_path / "out", load_file(next(llama.glob("*.s*")))
+    salience.quantize(str(llama), out, method="nf4", scheme=scheme, format="bitsandbytes")
+    model = salience.load(out)
+    found = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert len(found) == 21 and {module.kernel for module in found.values()} == {"codebook"}
+    for name, module in found.items():
+        qt = grid.quantize(floats[f"{name}.weight"], Scheme.parse(scheme))
+        assert error(module(torch.eye(qt.in_features)).T, qt.dequantize()) < 1e-6
+    assert torch.isfinite(logits(model)).all()
+    seen = inspect(open_source(str(out)))
+    assert (seen.format, seen.scheme, seen.kept) == ("bitsandbytes", scheme, ["lm_head"])
+    # What is stored beside the codes and scales: a table or two, and a few words of JSON.
+    weights = sum(floats[f"{name}.weight"].numel() for name in found)
+    extra = 8 * 21 * (4 * 16 + 200 + (4 * 256 if scheme == "nf4-dq" else 0)) / weights
+    bits = Scheme.parse(scheme).bits_per_weight(64)
+    assert bits < seen.bits_per_weight < bits + extra
+
+
+def test_nf4_tensors(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    salience.quantize(str(llama), out, method="nf4", scheme="nf4", format="bitsandbytes")
+    name = "model.layers.1.mlp.up_proj"
+    bad = edited(out, tmp_path / "a", lambda tensors: tensors.pop(f"{name}.weight.absmax"))
+    with pytest.raises(
+        SalienceError, match=f"linear {name} of .*: tensor weight.absmax is missing"
+    ):
+        salience.load(bad)
+
+    def stray(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight.absmax"] = torch.zeros(1)
+
+    with pytest.raises(SalienceError, match=r"tensor model.norm.weight.absmax of .* no linear"):
+        salience.load(edited(out, tmp_path / "b", stray))
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "format", "match"),
+    [
+        ("nf4", "nf4", "awq", "not nf4 as .* wants; .*--format bitsandbytes"),
+        ("nf4", "nf4", "compressed-tensors", "use --format bitsandbytes"),
+        ("rtn", "w4g64", "bitsandbytes", "use --method nf4 --scheme nf4"),
+        ("rtn", "nf4", "bitsandbytes", "--method rtn makes no nf4; use --method nf4"),
+        ("nf4", "w4g64", "awq", "--method nf4 makes no w4g64; use --scheme nf4 or nf4-dq"),
+    ],
+)
+def test_codebooks_and_the_rest_do_not_mix(
+    llama: Path, tmp_path: Path, method: str, scheme: str, format: str, match: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SalienceError, match=match):
+        salience.quantize(str(llama), out, method=method, scheme=scheme, format=format)
+    assert not out.exists()
