@@ -15,11 +15,11 @@ bitsandbytes would compute in fp16, or on some CPUs in bf16; here it is told to 
 Exits 1 when an error is too large, when a tensor of the checkpoint had no place, or when nothing
 was quantized.
 
-compressed-tensors 0.17 to 0.20 do not load asymmetric checkpoints, their own neither: on the meta
+compressed-tensors 0.18 to 0.20 do not load asymmetric checkpoints, their own neither: on the meta
 device they make room for unpacked zeros. These are loaded with `dequantize=True`, which rounds each
-weight to fp16 (and takes one scheme only). Version 0.16 loads them, but no codes of 2, 3 or 5 bits:
+weight to fp16 (and takes one scheme only). Version 0.17 loads them, but no codes of 2, 3 or 5 bits:
 
-    ~/peer/bin/pip install --no-deps --target ~/peer-old compressed-tensors==0.16.0
+    ~/peer/bin/pip install --no-deps --target ~/peer-old compressed-tensors==0.17.1
     PYTHONPATH=~/peer-old ~/peer/bin/python benchmarks/interop_transformers.py OUT w4g32 mixed
 """
 

@@ -142,7 +142,7 @@ def config(*groups: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "version": "0.18.0",
+        "version": "0.19.0",
         "kv_cache_scheme": None,
         "sparsity_config": {},
         "transform_config": {},
@@ -223,7 +223,7 @@ def test_config_of_one_scheme() -> None:
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "version": "0.17.0",
+        "version": "0.18.0",
         "ignore": ["lm_head", "c.gate"],
         "config_groups": {
             "group_0": {

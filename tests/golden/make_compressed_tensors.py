@@ -4,11 +4,11 @@ Run by an environment of its own (benchmarks/interop_transformers.py says how to
 
     ~/peer/bin/python tests/golden/make_compressed_tensors.py
 
-With compressed-tensors 0.17 or newer this writes compressed_tensors.safetensors; with an older one
+With compressed-tensors 0.18 or newer this writes compressed_tensors.safetensors; with an older one
 compressed_tensors_old.safetensors, whose odd widths are packed in the older way and whose case
 "g_idx" has groups in activation order, which newer versions dropped:
 
-    ~/peer/bin/pip install --no-deps --target ~/peer-old compressed-tensors==0.16.0
+    ~/peer/bin/pip install --no-deps --target ~/peer-old compressed-tensors==0.17.1
     PYTHONPATH=~/peer-old ~/peer/bin/python tests/golden/make_compressed_tensors.py
 
 The weights lie on a grid, so the packer finds the very codes they came from. For each case `<c>`
@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 VERSION = compressed_tensors.__version__
-OLD = tuple(int(part) for part in re.findall(r"\d+", VERSION)[:2]) < (0, 17)
+OLD = tuple(int(part) for part in re.findall(r"\d+", VERSION)[:2]) < (0, 18)
 OUT = Path(__file__).with_name(f"compressed_tensors{'_old' if OLD else ''}.safetensors")
 CASES = {  # name: bits, symmetric, group size, out_features, in_features
     **{f"w{bits}g32": (bits, False, 32, 12, 64) for bits in range(2, 9)},

@@ -10,11 +10,11 @@ Of a linear with N outputs, K inputs and G groups, codes of b bits:
 
 The format speaks of signed codes and stores them plus 2**(b-1): what lies on the disk are the
 unsigned codes and zeros of a QTensor as they are. Packing is the dense stream of `salience.packing`
-for every width, since compressed-tensors 0.17. Before, a word held 32 // b whole codes, so that ten
+for every width, since compressed-tensors 0.18. Before, a word held 32 // b whole codes, so that ten
 3-bit codes took a word; the number of words tells which it is.
 
 Each linear may have a scheme of its own: `config_groups` names the modules of each. Groups in
-activation order are read and not written, since compressed-tensors 0.20 and vLLM dropped them.
+activation order are read and not written: compressed-tensors 0.19 dropped them.
 """
 
 import re
@@ -31,7 +31,7 @@ from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
 _FORMAT = "pack-quantized"
-_VERSION = "0.17.0"  # the first whose packing this is
+_VERSION = "0.18.0"  # the first whose packing this is
 _CLASSES = ("Linear", "Module")  # of a linear, by which a target may name it
 _MIN_BITS = 2
 
@@ -88,8 +88,8 @@ class CompressedTensors:
         """
         if qt.g_idx is not None:
             raise SalienceError(
-                "--format compressed-tensors holds no groups in activation order: its readers "
-                "dropped them; use --format gptq, or static groups"
+                "--format compressed-tensors holds no groups in activation order: version "
+                "0.19 of that library dropped them; use groups in column order"
             )
         tensors = {
             "weight_packed": pack(qt.q, qt.scheme.bits),
