@@ -14,20 +14,19 @@ All numbers are those of bitsandbytes, whose checkpoints are made of them.
 import torch
 from torch import Tensor
 
-NESTED_BLOCK = 256
 _NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-CODEBOOKS = {"nf4": _NF4}
+_TABLES = {"nf4": _NF4}
 _DECADES = 7
 
 
 def table(name: str, device: torch.device | None = None) -> Tensor:
     """The values of a codebook, ascending, fp32 [2**bits]."""
-    return torch.tensor(CODEBOOKS[name], device=device)
+    return torch.tensor(_TABLES[name], device=device)
 
 
 def nested_table(device: torch.device | None = None) -> Tensor:

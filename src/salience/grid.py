@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from salience.codebook import NESTED_BLOCK, nearest, nested_table, table
+from salience.codebook import nearest, nested_table, table
 from salience.errors import SalienceError
 from salience.qtensor import NestedScales, QTensor
-from salience.scheme import Scheme
+from salience.scheme import NESTED_BLOCK, Scheme
 
 
 class Grid(NamedTuple):

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from salience.codebook import NESTED_BLOCK, table
+from salience.codebook import table
 from salience.errors import SalienceError
-from salience.scheme import Scheme
+from salience.scheme import NESTED_BLOCK, Scheme
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,9 +15,10 @@ for 64 weights, 4.5 bits a weight; `nf4-dq` stores the scales in 8 bits too, 4.1
 import re
 from dataclasses import dataclass
 
-from salience.codebook import CODEBOOKS, NESTED_BLOCK
 from salience.errors import SalienceError
 
+CODEBOOKS = ("nf4",)
+NESTED_BLOCK = 256  # scales that share a scale, with double quantization
 _PATTERN = re.compile(r"w([1-8])(?:g([1-9][0-9]*)|(channel))(-sym)?")
 _USUAL_GROUPS = (256, 128, 64, 32, 16)
 _SCALE_BITS = 16

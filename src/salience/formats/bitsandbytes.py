@@ -21,11 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salience.codebook import NESTED_BLOCK, table
+from salience.codebook import table
 from salience.errors import SalienceError
 from salience.packing import pack, unpack
 from salience.qtensor import NestedScales, QTensor
-from salience.scheme import Scheme
+from salience.scheme import NESTED_BLOCK, Scheme
 
 _TABLE = "nf4"
 _STATE = f"weight.quant_state.bitsandbytes__{_TABLE}"
