@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from salience import grid
+from salience.codebook import nested_table, table
 from salience.errors import SalienceError
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
@@ -213,3 +214,44 @@ def test_any_float_weight(dtype: torch.dtype) -> None:
 def test_group_size_must_divide() -> None:
     with pytest.raises(SalienceError, match="does not divide"):
         grid.quantize(torch.zeros(2, 10), Scheme(4, 4))
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(1, 4), groups=st.integers(1, 3), seed=st.integers(0, 99))
+def test_nf4_is_nearest(rows: int, groups: int, seed: int) -> None:
+    """In fp64 no other value of the table is nearer, but for rounding."""
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 64 * groups, generator=random) * torch.rand(
+        rows, 1, generator=random
+    )
+    qt = grid.quantize(weight, Scheme.parse("nf4"))
+    blocks = weight.double().unflatten(1, (groups, 64))
+    assert torch.equal(qt.scales.double(), blocks.abs().amax(dim=-1))
+    values = table("nf4").double() * qt.scales.double()[..., None, None]
+    best = (blocks[..., None] - values).abs().amin(dim=-1).flatten(1)
+    mine = (qt.dequantize().double() - weight.double()).abs()
+    assert (mine - best).max() <= 1e-6 * weight.abs().max()
+
+
+def test_nf4_of_zeros() -> None:
+    weight = torch.zeros(2, 128)
+    weight[1, 64:] = torch.randn(64)
+    for scheme in ("nf4", "nf4-dq"):
+        qt = grid.quantize(weight, Scheme.parse(scheme))
+        assert torch.equal(qt.dequantize()[weight == 0], torch.zeros(192))
+
+
+def test_nested_table() -> None:
+    """Ascending; each decade's middles, and both ends of the range but -1."""
+    values = nested_table()
+    assert values.dtype == torch.float32 and len(values) == 256
+    assert (values.diff() > 0).all()
+    assert values[-1] == 1 and values[0] > -1 and (values == 0).sum() == 1
+    assert torch.equal(-values[:127].flip(0), values[128:255])
+
+
+def test_nf4_refuses() -> None:
+    with pytest.raises(SalienceError, match="group size 64 does not divide in_features 96"):
+        grid.quantize(torch.zeros(2, 96), Scheme.parse("nf4"))
+    with pytest.raises(SalienceError, match="not finite"):
+        grid.quantize(torch.full((2, 64), torch.inf), Scheme.parse("nf4"))

@@ -5,8 +5,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from salience import grid
+from salience.codebook import table
 from salience.errors import SalienceError
-from salience.kernels import BACKENDS, _reference, backend, choose, qmm
+from salience.kernels import BACKENDS, _codebook, _reference, backend, choose, qmm
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -61,6 +63,11 @@ def check(x: Tensor, qt: QTensor) -> None:
 def test_reference(bits: int, group_size: int, dtype: torch.dtype) -> None:
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(1)).to(dtype)
     check(x, make(bits, group_size))
+
+
+@pytest.mark.parametrize("bits", [3, 5, 8])
+def test_rows_that_end_within_a_word(bits: int) -> None:
+    check(torch.randn(5, 33), make(bits, 11, columns=33))
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -120,17 +127,42 @@ def test_meta_tensors() -> None:
     assert y.shape == (2, 24) and y.is_meta
 
 
+@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq"])
+def test_codebook(monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(_codebook, "_TILE_ELEMENTS", 128 * 5)
+    weight = torch.randn(24, 128, generator=torch.Generator().manual_seed(0))
+    qt = grid.quantize(weight, Scheme.parse(scheme))
+    values = table("nf4").double()[qt.q.int()]
+    exact = (values.unflatten(1, (2, 64)) * qt.scales.double()[..., None]).flatten(1)
+    for shape in ((128,), (0, 128), (2, 3, 128)):
+        x = torch.randn(shape).to(dtype)
+        y, want = call(x, qt, "codebook"), x.double() @ exact.T
+        assert y.dtype == dtype and y.shape == want.shape
+        assert (y.double() - want).norm() <= TOLERANCE[dtype] * want.norm()
+
+
+def test_codebook_takes_no_uniform_weight() -> None:
+    with pytest.raises(SalienceError, match="kernel codebook takes no w4g32; use reference"):
+        backend("codebook").pack(make(4, 32))
+    assert not backend("codebook").supports(Scheme(4, 64), CPU, 128, 64)
+    assert not backend("codebook").supports(Scheme.parse("nf4"), CPU, 96, 64)
+
+
 def test_choose() -> None:
+    for scheme in ("nf4", "nf4-dq"):
+        assert choose(Scheme.parse(scheme), CPU, 256, 64).name == "codebook"
     assert choose(Scheme(4, 128), CPU, 256, 64).name == "cpu_int4"
     assert choose(Scheme(4, 128), CPU, 256, 24).name == "reference"
     assert choose(Scheme(3, 128), CPU, 256, 64).name == "reference"
     assert choose(Scheme(4, 128), torch.device("meta"), 256, 64).name == "reference"
     assert choose(Scheme(8, -1), CPU, 20, 64).name == "reference"
+    assert choose(Scheme(3, 11), CPU, 33, 7).name == "reference"
 
 
 def test_choose_refuses_what_nothing_supports() -> None:
-    with pytest.raises(SalienceError, match=r"no kernel supports w3g8 \[64, 40\] on cpu"):
-        choose(Scheme(3, 8), CPU, 40, 64)
+    with pytest.raises(SalienceError, match=r"no kernel supports w3g16 \[64, 40\] on cpu"):
+        choose(Scheme(3, 16), CPU, 40, 64)
 
 
 def test_names() -> None:

@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaModel, Qwen2Config
 
 import salience
+from salience import grid
 from salience.calibration import Calibration
 from salience.errors import SalienceError
+from salience.formats import get_format
+from salience.inspection import inspect
 from salience.linear import QuantLinear
 from salience.loading import resolve_device
+from salience.scheme import Scheme
+from salience.source import open_source
 from tiny_models import (
     VOCABULARY,
     error,
@@ -278,3 +283,125 @@ def test_the_public_name_stays_a_function(llama: Path) -> None:
     assert callable(salience.load) and callable(salience.load)
     salience.load(llama)
     assert callable(salience.load)
+
+
+@pytest.fixture(scope="module", params=["w4g32", "w3g32-sym", "w5channel"])
+def compressed(
+    llama: Path, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    salience.quantize(
+        str(llama), out, method="rtn", scheme=request.param, format="compressed-tensors"
+    )
+    return out
+
+
+def test_compressed_tensors(compressed: Path, llama: Path) -> None:
+    """Each linear has the codes of its float weight, with zeros stored or not."""
+    model, floats = (
+        salience.load(compressed, kernel="reference"),
+        load_file(next(llama.glob("*.s*"))),
+    )
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear):
+            qt = grid.quantize(floats[f"{name}.weight"], module.scheme)
+            x = torch.eye(qt.in_features)
+            assert error(module(x).T, qt.dequantize()) < 1e-6
+    found = inspect(open_source(str(compressed)))
+    assert (found.format, found.kept) == ("compressed-tensors", ["lm_head"])
+    assert found.scheme == str(model.model.layers[0].mlp.up_proj.scheme)
+    assert len(found.modules) == 21
+
+
+def test_a_scheme_for_each_linear(compressed: Path, llama: Path, tmp_path: Path) -> None:
+    """Also for the head."""
+    floats = load_file(next(llama.glob("*.s*")))
+    schemes = {"model.layers.1.mlp.down_proj": "w8g64-sym", "lm_head": "w6g32"}
+    form = get_format("compressed-tensors")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors.pop("lm_head.weight")
+        for name, scheme in schemes.items():
+            for part in form.tensors:
+                tensors.pop(f"{name}.{part}", None)
+            written = form.write(grid.quantize(floats[f"{name}.weight"], Scheme.parse(scheme)))
+            tensors.update({f"{name}.{part}": tensor for part, tensor in written.items()})
+
+    out = edited(compressed, tmp_path / "out", change)
+    config = json.loads((out / "config.json").read_text())
+    of_all = {m.name: m.scheme for m in inspect(open_source(str(compressed))).modules} | schemes
+    parsed = {name: Scheme.parse(scheme) for name, scheme in of_all.items()}
+    # As older tools named it.
+    config["compression_config"] = form.config(parsed, [])
+    del config["quantization_config"]
+    (out / "config.json").write_text(json.dumps(config))
+    found = inspect(open_source(str(out)))
+    assert {module.name: module.scheme for module in found.modules} == of_all
+    assert (found.scheme, found.kept) == (None, [])
+    model = salience.load(out, kernel="reference")
+    head = grid.quantize(floats["lm_head.weight"], Scheme.parse("w6g32"))
+    assert error(model.lm_head(torch.eye(64)).T, head.dequantize()) < 1e-6
+    assert torch.isfinite(logits(model)).all()
+    # The config that does not say so is refused.
+    del parsed["lm_head"]
+    config["compression_config"] = form.config(parsed, ["lm_head"])
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SalienceError, match=r"linear lm_head of .*: .* ignores it"):
+        salience.load(out)
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq"])
+def test_nf4(llama: Path, tmp_path: Path, scheme: str) -> None:
+    """bitsandbytes keeps the name of the float weight; the head, which has one, stays float."""
+    out, floats = tmp_path / "out", load_file(next(llama.glob("*.s*")))
+    salience.quantize(str(llama), out, method="nf4", scheme=scheme, format="bitsandbytes")
+    model = salience.load(out)
+    found = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+    assert len(found) == 21 and {module.kernel for module in found.values()} == {"codebook"}
+    for name, module in found.items():
+        qt = grid.quantize(floats[f"{name}.weight"], Scheme.parse(scheme))
+        assert error(module(torch.eye(qt.in_features)).T, qt.dequantize()) < 1e-6
+    assert torch.isfinite(logits(model)).all()
+    seen = inspect(open_source(str(out)))
+    assert (seen.format, seen.scheme, seen.kept) == ("bitsandbytes", scheme, ["lm_head"])
+    # What is stored beside the codes and scales: a table or two, and a few words of JSON.
+    weights = sum(floats[f"{name}.weight"].numel() for name in found)
+    extra = 8 * 21 * (4 * 16 + 200 + (4 * 256 if scheme == "nf4-dq" else 0)) / weights
+    bits = Scheme.parse(scheme).bits_per_weight(64)
+    assert bits < seen.bits_per_weight < bits + extra
+
+
+def test_nf4_tensors(llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    salience.quantize(str(llama), out, method="nf4", scheme="nf4", format="bitsandbytes")
+    name = "model.layers.1.mlp.up_proj"
+    bad = edited(out, tmp_path / "a", lambda tensors: tensors.pop(f"{name}.weight.absmax"))
+    with pytest.raises(
+        SalienceError, match=f"linear {name} of .*: tensor weight.absmax is missing"
+    ):
+        salience.load(bad)
+
+    def stray(tensors: dict[str, Tensor]) -> None:
+        tensors["model.norm.weight.absmax"] = torch.zeros(1)
+
+    with pytest.raises(SalienceError, match=r"tensor model.norm.weight.absmax of .* no linear"):
+        salience.load(edited(out, tmp_path / "b", stray))
+
+
+@pytest.mark.parametrize(
+    ("method", "scheme", "format", "match"),
+    [
+        ("nf4", "nf4", "awq", "not nf4 as .* wants; .*--format bitsandbytes"),
+        ("nf4", "nf4", "compressed-tensors", "use --format bitsandbytes"),
+        ("rtn", "w4g64", "bitsandbytes", "use --method nf4 --scheme nf4"),
+        ("rtn", "nf4", "bitsandbytes", "--method rtn makes no nf4; use --method nf4"),
+        ("nf4", "w4g64", "awq", "--method nf4 makes no w4g64; use --scheme nf4 or nf4-dq"),
+    ],
+)
+def test_codebooks_and_the_rest_do_not_mix(
+    llama: Path, tmp_path: Path, method: str, scheme: str, format: str, match: str
+) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(SalienceError, match=match):
+        salience.quantize(str(llama), out, method=method, scheme=scheme, format=format)
+    assert not out.exists()

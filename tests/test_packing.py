@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from salience.errors import SalienceError
+from salience import packing
 from salience.packing import AWQ_ORDER, deinterleave_awq, interleave_awq, pack, unpack
 
 # The bit of the word at which AutoAWQ puts each of eight columns, as its own unpacker has them.
@@ -81,7 +81,13 @@ def test_awq_interleave(codes: list[int]) -> None:
         assert [(word >> shift) & 15 for shift in AWQ_SHIFTS] == eight
 
 
-@pytest.mark.parametrize(("bits", "n"), [(4, 4), (3, 8), (3, 31), (8, 3), (1, 8)])
-def test_partial_words_are_refused(bits: int, n: int) -> None:
-    with pytest.raises(SalienceError, match=f"{n} codes of {bits} bits"):
-        pack(torch.zeros(2, n, dtype=torch.uint8), bits)
+@settings(deadline=None)
+@given(data=st.data(), bits=st.integers(1, 8))
+def test_partial_words(data: st.DataObject, bits: int) -> None:
+    """What is left of the last word is 0."""
+    codes = data.draw(st.lists(st.integers(0, 2**bits - 1), min_size=1, max_size=70))
+    packed = pack(torch.tensor(codes, dtype=torch.uint8), bits)
+    stream = sum(code << (i * bits) for i, code in enumerate(codes))
+    assert len(packed) == packing.words(len(codes), bits) == -(-len(codes) * bits // 32)
+    assert sum((word & 0xFFFFFFFF) << (32 * t) for t, word in enumerate(packed.tolist())) == stream
+    assert unpack(packed, bits, len(codes)).tolist() == codes

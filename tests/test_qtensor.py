@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from salience.errors import SalienceError
-from salience.qtensor import QTensor
+from salience.qtensor import NestedScales, QTensor
 from salience.scheme import Scheme
 
 
@@ -76,3 +76,31 @@ def test_refuses() -> None:
         QTensor(q, scales, zeros, Scheme(4, 3))
     with pytest.raises(SalienceError, match=r"g_idx must be \[8\], not torch.int32 \[4\]"):
         QTensor(q, scales, zeros, scheme, torch.zeros(4, dtype=torch.int32))
+
+
+def test_codebook_by_hand() -> None:
+    """Zeros play no part."""
+    q = torch.tensor([[0, 7, 15, 8] * 16], dtype=torch.uint8)
+    scales = torch.tensor([[2.0]])
+    for zero in (0, 5):
+        zeros = torch.full((1, 1), zero, dtype=torch.uint8)
+        weight = QTensor(q, scales, zeros, Scheme.parse("nf4")).dequantize()
+        assert torch.equal(weight, torch.tensor([[-2.0, 0.0, 2.0, 2 * 0.07958029955625534] * 16]))
+
+
+def test_nested_scales() -> None:
+    """As the scheme says, or there are none; 256 of a block, counted row by row."""
+    table = torch.linspace(-1, 1, 256)
+    codes = torch.randint(256, (40, 7), generator=torch.Generator().manual_seed(0)).byte()
+    nested = NestedScales(codes, torch.tensor([0.5, 2.0]), 3.0, table)
+    scales = nested.dequantize()
+    for row, group in ((0, 0), (36, 3), (36, 4), (39, 6)):
+        block = (row * 7 + group) // 256
+        want = table[int(codes[row, group])] * [0.5, 2.0][block] + 3
+        assert scales[row, group] == want
+    q, zeros = torch.zeros(40, 448, dtype=torch.uint8), torch.zeros_like(codes)
+    QTensor(q, scales, zeros, Scheme.parse("nf4-dq"), nested=nested)
+    with pytest.raises(SalienceError, match="a weight of nf4-dq has nested scales or it has none"):
+        QTensor(q, scales, zeros, Scheme.parse("nf4-dq"))
+    with pytest.raises(SalienceError, match="a weight of nf4 has"):
+        QTensor(q, scales, zeros, Scheme.parse("nf4"), nested=nested)

@@ -1,5 +1,7 @@
 """Scheme: names, ranges, and what a group costs."""
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,8 @@ schemes = st.builds(
         ("w4channel", Scheme(4, -1)),
         ("w8channel-sym", Scheme(8, -1, sym=True)),
         ("w1g1", Scheme(1, 1)),
+        ("nf4", Scheme(4, 64, codebook="nf4")),
+        ("nf4-dq", Scheme(4, 64, codebook="nf4", double_quant=True)),
     ],
 )
 def test_parse(text: str, scheme: Scheme) -> None:
@@ -40,11 +44,13 @@ def test_name_round_trip(scheme: Scheme) -> None:
     [
         *("", "4", "w4", "g128", "w9g128", "w0g128", "w4g0", "w4g012", "w4g-1", "W4G128"),
         *("w4g128 ", "w4g128\n", "w4g128-SYM", "w4g128-sym-sym", "w4channelg128", "w44g128"),
-        *("w4g1.5", "q4_0"),
+        *("w4g1.5", "q4_0", "nf4-sym", "nf4-dq-dq", "w4g64-dq", "NF4", "-dq", "fp4"),
     ],
 )
 def test_parse_refuses(text: str) -> None:
-    with pytest.raises(SalienceError, match="w4g128, w3g64-sym or w4channel") as error:
+    with pytest.raises(
+        SalienceError, match="w4g128, w3g64-sym or w4channel, or nf4 or nf4-dq"
+    ) as error:
         Scheme.parse(text)
     assert repr(text) in str(error.value)
 
@@ -86,6 +92,23 @@ def test_bits_per_weight() -> None:
     assert Scheme(4, 128).bits_per_weight(1024) == 4 + 20 / 128
     assert Scheme(3, 64).bits_per_weight(1024) == 3 + 19 / 64
     assert Scheme(4, -1).bits_per_weight(1000) == 4 + 20 / 1000
+    assert Scheme.parse("nf4").bits_per_weight(1024) == 4.5
+    assert Scheme.parse("nf4-dq").bits_per_weight(1024) == 4 + 8 / 64 + 32 / (64 * 256)
+
+
+@pytest.mark.parametrize(
+    ("values", "match"),
+    [
+        ({"codebook": "fp4"}, "codebook is 'fp4'; use nf4"),
+        ({"codebook": "nf4", "bits": 3}, "nf4 has 4 bits in groups of 64"),
+        ({"codebook": "nf4", "group_size": 32}, "nf4 has 4 bits in groups of 64"),
+        ({"codebook": "nf4", "sym": True}, "nf4 has 4 bits in groups of 64"),
+        ({"double_quant": True}, "use scheme nf4-dq"),
+    ],
+)
+def test_codebooks_have_one_form(values: dict[str, Any], match: str) -> None:
+    with pytest.raises(SalienceError, match=match):
+        Scheme(**({"bits": 4, "group_size": 64} | values))
 
 
 def test_fitting_group_sizes() -> None:

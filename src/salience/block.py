@@ -254,6 +254,8 @@ def _plain(problem: Problem) -> dict[str, _Plain]:
 def _rounded(problem: Problem) -> Tensor:
     """Plain rounding, as values [batch, out, in]."""
     weight, scheme = problem.weight, problem.scheme
+    if scheme.codebook is not None:
+        return _stack(grid.quantize(each, scheme).dequantize() for each in weight)
     made = full_grids(problem)
     if not torch.isfinite(made.scales).all():
         wide = (~torch.isfinite(made.scales)).any(-1).float()
@@ -297,8 +299,9 @@ def _code(
     qtensors = method.codes(problem, grids)
     divisors = _row_divisors(problem, scales)
     errors = _errors(problem, qtensors, divisors).tolist()
-    steps = full_grids(problem).scales.float()
-    narrowing = torch.stack([qt.scales for qt in qtensors]).float() / steps
+    # Of a codebook there is nothing to narrow.
+    steps = grids if problem.scheme.codebook is None else full_grids(problem)
+    narrowing = steps.scales.float() / full_grids(problem).scales.float()
     clips = _by_linear(problem, narrowing.mean(-1)).tolist()
     coded = {}
     for i, names in enumerate(problem.names):
@@ -359,4 +362,6 @@ def _errors(problem: Problem, qtensors: list[QTensor], divisors: Tensor) -> Tens
 
 
 def _take_rows(qt: QTensor, rows: slice) -> QTensor:
+    if rows == slice(0, qt.out_features):
+        return qt
     return QTensor(qt.q[rows], qt.scales[rows], qt.zeros[rows], qt.scheme, qt.g_idx)

@@ -12,16 +12,25 @@ The scale is rounded to fp16, the precision it is stored in, before any code is 
 made for an unrounded scale would be read back against another grid. Ties round to even.
 A narrower [lo, hi] than the group's own clips the outliers and makes every other step finer; where
 to stop is what the clip search of `methods.awq` asks.
+
+A codebook has no range to choose: a group's scale is its largest magnitude, fp32, and a code is the
+place of the nearest value of the table,
+
+    code = nearest(w * (1 / scale), table)
+
+computed in fp32 whatever the weight's dtype, as bitsandbytes does.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from salience.codebook import nearest, nested_table, table
 from salience.errors import SalienceError
-from salience.qtensor import QTensor
-from salience.scheme import Scheme
+from salience.qtensor import NestedScales, QTensor
+from salience.scheme import NESTED_BLOCK, Scheme
 
 
 class Grid(NamedTuple):
@@ -85,5 +94,43 @@ def encode(weight: Tensor, grid: Grid, scheme: Scheme) -> QTensor:
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QTensor:
-    """Round a weight [out, in] to nearest on the grid of its own range."""
+    """Round a weight [out, in] to nearest on the grid of its own range, or on the codebook.
+
+    Raises:
+        SalienceError: a group size that does not divide the columns, a range beyond the scales'.
+    """
+    if scheme.codebook is not None:
+        return _encode_codebook(weight, scheme, scheme.codebook)
     return encode(weight, make_grid(*value_range(weight.float(), scheme), scheme), scheme)
+
+
+def _encode_codebook(weight: Tensor, scheme: Scheme, codebook: str) -> QTensor:
+    groups = grouped(weight.float(), scheme)
+    scales = groups.abs().amax(dim=-1)
+    if not torch.isfinite(scales).all():
+        raise SalienceError("a group has values that are not finite")
+    codes = nearest(groups * _reciprocal(scales)[..., None], table(codebook, weight.device))
+    nested = None
+    if scheme.double_quant:
+        nested = nest(scales)
+        scales = nested.dequantize()
+    zeros = torch.zeros_like(scales, dtype=torch.uint8)
+    return QTensor(codes.flatten(1), scales, zeros, scheme, nested=nested)
+
+
+def nest(scales: Tensor) -> NestedScales:
+    """Double quantization of scales [out, groups], fp32."""
+    offset = scales.mean()
+    flat = (scales - offset).flatten()
+    blocks = pad(flat, (0, -len(flat) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    largest = blocks.abs().amax(dim=-1)
+    values = nested_table(scales.device)
+    codes = nearest(blocks * _reciprocal(largest)[:, None], values)
+    return NestedScales(
+        codes.flatten()[: len(flat)].view_as(scales), largest, offset.item(), values
+    )
+
+
+def _reciprocal(scales: Tensor) -> Tensor:
+    """1 / scales; of 0, for a group of nothing but zeros, a finite number."""
+    return 1.0 / scales.clamp(min=1e-38)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from salience.formats import detect_format
+from salience.formats import detect_format, stored_config
 from salience.source import Source
 from salience.structure import linears
 
@@ -49,14 +49,14 @@ def inspect(source: Source) -> Inspection:
     model = source.skeleton()
     stored = source.stored
     total = sum(stored.nbytes(name) for name in stored.names())
-    config = getattr(source.config, "quantization_config", None)
+    config = stored_config(source.config)
     if config is None:
         return _dense(source, model, total)
-    fmt = detect_format(dict(config))
+    fmt = detect_format(config)
     modules, kept, bits, count = [], [], 0, 0
     for name, linear in linears(model).items():
         parts = [f"{name}.{part}" for part in fmt.tensors if f"{name}.{part}" in stored.names()]
-        if not parts:
+        if f"{name}.{fmt.marker}" not in parts:
             kept.append(name)
             continue
         scheme = str(fmt.scheme(config, name))

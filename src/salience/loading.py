@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from salience import kernels
 from salience.checkpoint import Checkpoint, read_json
 from salience.errors import SalienceError
-from salience.formats import detect_format
+from salience.formats import detect_format, stored_config
 from salience.formats.base import Format
 from salience.linear import QuantLinear
 from salience.source import Source, open_source
@@ -58,7 +58,7 @@ def load_source(
         dtype = torch.float32 if place.type == "cpu" else _config_dtype(source)
     model = source.skeleton(dtype)
     stored = source.stored
-    config = getattr(source.config, "quantization_config", None)
+    config = stored_config(source.config)
     packed = _fill_quantized(model, stored, config, place, kernel) if config else set()
     weights = source.weights(model)
     for name, parameter in list(model.named_parameters()):
@@ -118,12 +118,13 @@ def _fill_quantized(
     kernel: str,
 ) -> set[str]:
     """Swap in a QuantLinear for each linear that owns packed tensors; returns their names."""
-    fmt = detect_format(dict(config))
+    fmt = detect_format(config)
+    own = fmt.tensors - {"weight"}  # a float linear has one of that name too
     used: set[str] = set()
     for name, linear in linears(model).items():
-        tensors = {local: f"{name}.{local}" for local in fmt.tensors}
-        if not any(full in stored.names() for full in tensors.values()):
+        if not any(f"{name}.{local}" in stored.names() for local in own):
             continue
+        tensors = {local: f"{name}.{local}" for local in fmt.tensors}
         local = {
             key: stored.tensor(full).to(device)
             for key, full in tensors.items()
@@ -135,11 +136,8 @@ def _fill_quantized(
             bias = read_tensor(stored, f"{name}.bias", linear.bias).to(device)
         model.set_submodule(name, QuantLinear(qt, bias, kernel))
         used.update(tensors.values(), [f"{name}.bias"])
-    orphans = {
-        name
-        for name in stored.names()
-        if name.rpartition(".")[2] in fmt.tensors and name not in used
-    }
+    endings = tuple(f".{local}" for local in own)
+    orphans = {name for name in stored.names() - used if name.endswith(endings)}
     if orphans:
         raise SalienceError(f"tensor {min(orphans)} of {stored.path} belongs to no linear")
     return used

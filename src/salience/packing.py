@@ -2,29 +2,30 @@
 
 The dense stream, least significant bit first, is what GPTQ and compressed-tensors store: code i
 starts at bit i * bits, and word t holds bits 32t .. 32t+31. A 3-bit code may straddle two words;
-nothing is wasted. AutoAWQ stores the same stream of 4-bit codes after interleaving each eight
-columns, so that one shift yields two fp16 lanes at a time on a GPU.
+nothing is wasted but what is left of the last word, which is 0. AutoAWQ stores the same stream of
+4-bit codes after interleaving each eight columns, so that one shift yields two fp16 lanes at a time
+on a GPU.
 """
 
 import torch
 from torch import Tensor
-
-from salience.errors import SalienceError
+from torch.nn.functional import pad
 
 # Nibble i of an AutoAWQ word holds column AWQ_ORDER[i] of its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _AWQ_REVERSE = tuple(AWQ_ORDER.index(i) for i in range(8))
 
 
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack uint8 codes [..., n] along the last dimension into int32 [..., n * bits / 32].
+def words(n: int, bits: int) -> int:
+    """Words that n codes fill or begin."""
+    return -(-n * bits // 32)
 
-    Raises:
-        SalienceError: n codes do not fill whole words.
-    """
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 codes [..., n] along the last dimension into int32 [..., words(n, bits)]."""
     n = codes.shape[-1]
     if n * bits % 32:
-        raise SalienceError(f"{n} codes of {bits} bits do not fill whole 32-bit words")
+        return pack(pad(codes, (0, -n % 32)), bits)[..., : words(n, bits)].contiguous()
     if 8 % bits == 0:
         fields = codes.unflatten(-1, (-1, 8 // bits))
         return _fold(fields, bits).contiguous().view(torch.int32)
@@ -33,13 +34,18 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     return _fold(planes.flatten(-2).unflatten(-1, (-1, 8)), 1).view(torch.int32)
 
 
-def unpack(words: Tensor, bits: int) -> Tensor:
-    """Undo `pack`: int32 [..., w] to uint8 codes [..., w * 32 / bits]."""
-    data = words.contiguous().view(torch.uint8)
+def unpack(packed: Tensor, bits: int, n: int | None = None) -> Tensor:
+    """Undo `pack`: int32 [..., w] to uint8 codes [..., n]; None is all that w words can hold."""
+    count = packed.shape[-1]
+    if count * 32 % bits:
+        packed = pad(packed, (0, -count % bits))
+    # Not `contiguous()`, which leaves a single column any stride.
+    data = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     if 8 % bits == 0:
-        return _spread(data, bits).flatten(-2)
-    planes = _spread(data, 1).flatten(-2).unflatten(-1, (-1, bits))
-    return _fold(planes, 1)
+        codes = _spread(data, bits).flatten(-2)
+    else:
+        codes = _fold(_spread(data, 1).flatten(-2).unflatten(-1, (-1, bits)), 1)
+    return codes[..., : count * 32 // bits if n is None else n]
 
 
 def interleave_awq(codes: Tensor) -> Tensor:

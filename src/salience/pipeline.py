@@ -26,7 +26,7 @@ from salience.job import Job, Progress, identity
 from salience.journal import Journal
 from salience.loading import read_tensor, resolve_device
 from salience.machine import peak_rss_bytes
-from salience.methods import get_method
+from salience.methods import check_method, default_format, default_scheme, get_method
 from salience.plan import check_schemes, check_source, checkpoint_bytes, choose_budget, mean_bits
 from salience.recipe import Recipe
 from salience.report import Report, read_report, versions
@@ -47,7 +47,7 @@ def quantize(
     rules: Sequence[tuple[str, Scheme | str]] = (),
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
-    format: str = "awq",
+    format: str | None = None,
     calibration: Calibration | None = None,
     device: str = "auto",
     max_memory: int | None = None,
@@ -69,7 +69,8 @@ def quantize(
         rules: (pattern, scheme) of linears that get another scheme; they reach `lm_head` too.
         skip: patterns of linears that stay float.
         only: patterns, one of which a linear must match to be quantized.
-        format: "awq" (AutoAWQ's gemm layout) or "compressed-tensors".
+        format: "awq" (AutoAWQ's gemm layout), "compressed-tensors", or "bitsandbytes" for nf4; None
+            is the first, or the last for nf4.
         calibration: which text; None is 128 sequences of 512 tokens of Python's documentation.
         device: where blocks run, "auto" for the GPU if there is one.
         max_memory: bytes the work may take on its device; None for what is free.
@@ -94,12 +95,13 @@ def quantize(
     method = method or str(made.get("method", "awq"))
     effort = effort or str(made.get("effort", "fast"))
     chosen = get_method(method, effort)
+    format = format or default_format(method)
     place = resolve_device(device)
     source = open_source(model, trust_remote_code)
     skeleton = source.skeleton()
     prefix, blocks = find_blocks(skeleton)
     rest = tuple((pattern, _scheme(each)) for pattern, each in rules)
-    recipe = Recipe(_scheme(scheme or "w4g128"), rest, tuple(skip), tuple(only))
+    recipe = Recipe(_scheme(scheme or default_scheme(method)), rest, tuple(skip), tuple(only))
     schemes: Mapping[str, Scheme] = recipe.resolve(list(linears(skeleton)), prefix)
     if search is not None:
         # The search knows; what is said beside it can only agree.
@@ -121,6 +123,8 @@ def quantize(
         progress=progress or (lambda _phase, _done, _total: None),
     )
     check_source(source, skeleton, job.weights)
+    for each in schemes.values():
+        check_method(get_method(method, effort), each)
     check_schemes(skeleton, schemes, job.fmt)
     if save_search is not None:
         check_file(Path(save_search))

@@ -5,20 +5,48 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from salience.codebook import table
 from salience.errors import SalienceError
-from salience.scheme import Scheme
+from salience.scheme import NESTED_BLOCK, Scheme
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NestedScales:
+    """Scales of a codebook scheme as double quantization stores them, so that no format quantizes
+    them again: scales = table[q] * scales[block] + offset, with 256 of them in a block, row by row.
+
+    Args:
+        q: uint8 [out, groups].
+        scales: fp32 [blocks].
+        offset: their mean, an fp32 number.
+        table: fp32 [256].
+    """
+
+    q: Tensor
+    scales: Tensor
+    offset: float
+    table: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The scales of the weight, fp32 [out, groups]."""
+        flat = self.q.flatten()
+        each = self.scales.repeat_interleave(NESTED_BLOCK)[: len(flat)]
+        return (self.table[flat.int()] * each + self.offset).view_as(self.q)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class QTensor:
-    """Codes, scales and zeros, unpacked: w[o, i] = scales[o, g] * (q[o, i] - zeros[o, g]).
+    """Codes, scales and zeros, unpacked: w[o, i] = scales[o, g] * (q[o, i] - zeros[o, g]), or
+    scales[o, g] * table[q[o, i]] when the scheme has a codebook.
 
     Args:
         q: codes, uint8 [out, in].
-        scales: fp16 or bf16 [out, groups].
-        zeros: codes that stand for 0, uint8 [out, groups].
+        scales: [out, groups], fp16 or bf16, or fp32 of a codebook scheme.
+        zeros: codes that stand for 0, uint8 [out, groups]; a codebook scheme has 0s and no use for
+            them.
         scheme: bits and group size.
         g_idx: group of each column, int32 [in]; None when column i is in group i // group_size.
+        nested: how `scales` are stored, of a scheme with double quantization.
 
     Raises:
         SalienceError: shapes or dtypes that do not agree.
@@ -29,6 +57,7 @@ class QTensor:
     zeros: Tensor
     scheme: Scheme
     g_idx: Tensor | None = None
+    nested: NestedScales | None = None
 
     def __post_init__(self) -> None:
         if self.q.dtype != torch.uint8 or self.q.ndim != 2:
@@ -43,6 +72,8 @@ class QTensor:
             )
         if self.g_idx is not None and tuple(self.g_idx.shape) != (self.q.shape[1],):
             raise SalienceError(f"g_idx must be [{self.q.shape[1]}], not {_describe(self.g_idx)}")
+        if self.scheme.double_quant != (self.nested is not None):
+            raise SalienceError(f"a weight of {self.scheme} has nested scales or it has none")
 
     @property
     def out_features(self) -> int:
@@ -53,7 +84,13 @@ class QTensor:
         return self.q.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in]. Exact in fp32: a code times an fp16 scale fits its mantissa."""
+        """The weight [out, in]. Exact in fp32: a code times an fp16 scale fits its mantissa. Of a
+        codebook scheme, the fp32 products.
+        """
+        if self.scheme.codebook is not None:
+            values = table(self.scheme.codebook, self.q.device)[self.q.int()]
+            grouped = values.unflatten(1, (self.scales.shape[1], -1))
+            return (grouped * self.scales[..., None]).flatten(1).to(dtype)
         if self.g_idx is not None:
             index = self.g_idx.long()
             codes = self.q.float() - self.zeros.float()[:, index]

@@ -7,6 +7,9 @@ fp16 scale and one integer zero, each weight a code of `bits` bits:
 
 Smaller groups follow the weights more closely and cost more: w4g128 takes 4.16 bits a weight,
 w4g64 4.31, w4g32 4.63.
+
+A codebook scheme has uneven steps and no zeros (`salience.codebook`). `nf4` stores one fp32 scale
+for 64 weights, 4.5 bits a weight; `nf4-dq` stores the scales in 8 bits too, 4.13.
 """
 
 import re
@@ -14,9 +17,15 @@ from dataclasses import dataclass
 
 from salience.errors import SalienceError
 
+CODEBOOKS = ("nf4",)
+NESTED_BLOCK = 256  # scales that share a scale, with double quantization
 _PATTERN = re.compile(r"w([1-8])(?:g([1-9][0-9]*)|(channel))(-sym)?")
 _USUAL_GROUPS = (256, 128, 64, 32, 16)
 _SCALE_BITS = 16
+_CODEBOOK_BITS = 4
+_CODEBOOK_GROUP = 64
+_CODEBOOK_SCALE_BITS = 32
+_NESTED_SCALE_BITS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,8 @@ class Scheme:
         bits: bits per code, 1 to 8.
         group_size: columns that share a scale and a zero; -1 for a whole row.
         sym: the zero is fixed at 2**(bits-1), so the grid is symmetric around 0.
-        codebook: name of a non-uniform grid; None for the uniform one.
+        codebook: name of a non-uniform grid, "nf4"; None for the uniform one.
+        double_quant: the scales of a codebook scheme are quantized too.
 
     Raises:
         SalienceError: a value outside its range.
@@ -37,25 +47,41 @@ class Scheme:
     group_size: int = 128
     sym: bool = False
     codebook: str | None = None
+    double_quant: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
             raise SalienceError(f"bits is {self.bits}; use 1 to 8")
         if self.group_size != -1 and self.group_size < 1:
             raise SalienceError(f"group_size is {self.group_size}; use -1 (whole row) or more")
+        if self.codebook is None:
+            if self.double_quant:
+                raise SalienceError("double_quant is for nf4; use scheme nf4-dq")
+        elif self.codebook not in CODEBOOKS:
+            raise SalienceError(f"codebook is {self.codebook!r}; use {' or '.join(CODEBOOKS)}")
+        elif (self.bits, self.group_size, self.sym) != (_CODEBOOK_BITS, _CODEBOOK_GROUP, False):
+            raise SalienceError(f"{self.codebook} has 4 bits in groups of {_CODEBOOK_GROUP}")
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
-        """Read `w4g128`, `w3g64`, `w4channel` (one group a row), each with `-sym` if symmetric."""
+        """Read `w4g128`, `w3g64`, `w4channel` (one group a row), each with `-sym` if symmetric;
+        `nf4`, and `nf4-dq` with double quantization.
+        """
+        name = text.removesuffix("-dq")
+        if name in CODEBOOKS:
+            return cls(_CODEBOOK_BITS, _CODEBOOK_GROUP, codebook=name, double_quant=name != text)
         match = _PATTERN.fullmatch(text)
         if match is None:
             raise SalienceError(
-                f"scheme {text!r} is not understood; write it like w4g128, w3g64-sym or w4channel"
+                f"scheme {text!r} is not understood; write it like w4g128, w3g64-sym or w4channel, "
+                "or nf4 or nf4-dq"
             )
         bits, group, channel, sym = match.groups()
         return cls(int(bits), -1 if channel else int(group), sym is not None)
 
     def __str__(self) -> str:
+        if self.codebook is not None:
+            return f"{self.codebook}{'-dq' if self.double_quant else ''}"
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"w{self.bits}{group}{'-sym' if self.sym else ''}"
 
@@ -81,7 +107,13 @@ class Scheme:
 
     def bits_per_weight(self, in_features: int) -> float:
         """Stored bits a weight, scales and zeros included."""
-        return self.bits + (_SCALE_BITS + self.bits) / self.group_columns(in_features)
+        columns = self.group_columns(in_features)
+        if self.codebook is None:
+            return self.bits + (_SCALE_BITS + self.bits) / columns
+        if self.double_quant:
+            nested = _NESTED_SCALE_BITS + _CODEBOOK_SCALE_BITS / NESTED_BLOCK
+            return self.bits + nested / columns
+        return self.bits + _CODEBOOK_SCALE_BITS / columns
 
 
 def fitting_group_sizes(in_features: set[int]) -> list[int]:

@@ -31,6 +31,7 @@ class MethodName(str, Enum):
     awq = "awq"
     gptq = "gptq"
     rtn = "rtn"
+    nf4 = "nf4"
 
 
 class EffortName(str, Enum):
@@ -40,6 +41,8 @@ class EffortName(str, Enum):
 
 class FormatName(str, Enum):
     awq = "awq"
+    compressed_tensors = "compressed-tensors"
+    bitsandbytes = "bitsandbytes"
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]
@@ -72,7 +75,9 @@ MemoryOption = Annotated[
     str | None,
     typer.Option("--max-memory", help="Most memory of --device to use, such as 8GiB."),
 ]
-FormatOption = Annotated[FormatName, typer.Option("--format", help="Checkpoint format.")]
+FormatOption = Annotated[
+    FormatName | None, typer.Option("--format", help="Checkpoint format (default awq).")
+]
 TextOption = Annotated[
     str,
     typer.Option(
@@ -99,7 +104,7 @@ def plan(
     rule: RulesOption = None,
     skip: SkipOption = None,
     only: OnlyOption = None,
-    format: FormatOption = FormatName.awq,
+    format: FormatOption = None,
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 512,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where it would be written.")] = Path(),
@@ -112,22 +117,29 @@ def plan(
     from salience.calibration import Calibration
     from salience.formats import get_format
     from salience.loading import resolve_device
-    from salience.methods import get_method
+    from salience.methods import check_method, default_format, default_scheme, get_method
     from salience.plan import make_plan
     from salience.recipe import Recipe
     from salience.source import open_source
     from salience.structure import find_blocks, linears
 
-    chosen = get_method(*_method(method, effort))
+    name = method.value if method else "awq"
+    chosen = get_method(name, effort.value if effort else "fast")
     source = open_source(model, trust_remote_code)
     skeleton = source.skeleton()
     recipe = Recipe(
-        Scheme.parse(scheme or "w4g128"), _rules(rule), tuple(skip or ()), tuple(only or ())
+        Scheme.parse(scheme or default_scheme(name)),
+        _rules(rule),
+        tuple(skip or ()),
+        tuple(only or ()),
     )
+    schemes = recipe.resolve(list(linears(skeleton)), find_blocks(skeleton)[0])
+    for each in schemes.values():
+        check_method(chosen, each)
     result = make_plan(
         source,
-        recipe.resolve(list(linears(skeleton)), find_blocks(skeleton)[0]),
-        get_format(format.value),
+        schemes,
+        get_format(format.value if format else default_format(name)),
         Calibration(samples=samples, seqlen=seqlen) if chosen.reads_text else None,
         chosen,
         resolve_device(device),
@@ -169,7 +181,7 @@ def quantize(
     rule: RulesOption = None,
     skip: SkipOption = None,
     only: OnlyOption = None,
-    format: FormatOption = FormatName.awq,
+    format: FormatOption = None,
     calibration: TextOption = "pydoc",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 512,
@@ -201,7 +213,7 @@ def quantize(
             rules=_rules(rule),
             skip=tuple(skip or ()),
             only=tuple(only or ()),
-            format=format.value,
+            format=format and format.value,
             calibration=Calibration(calibration, samples, seqlen, seed),
             device=device,
             max_memory=parse_size(max_memory),
@@ -226,10 +238,6 @@ def quantize(
         f"rounding's ({kept} linears kept it), {report.seconds:.0f} s, "
         f"{size(report.peak_rss_bytes)} peak"
     )
-
-
-def _method(method: MethodName | None, effort: EffortName | None) -> tuple[str, str]:
-    return (method.value if method else "awq", effort.value if effort else "fast")
 
 
 def _rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:

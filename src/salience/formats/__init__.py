@@ -6,10 +6,21 @@ from typing import Any
 from salience.errors import SalienceError
 from salience.formats.autoawq import AutoAwq
 from salience.formats.base import Format
+from salience.formats.bitsandbytes import BitsAndBytes
+from salience.formats.compressed_tensors import CompressedTensors
 
-FORMATS: tuple[Format, ...] = (AutoAwq(),)
+FORMATS: tuple[Format, ...] = (AutoAwq(), CompressedTensors(), BitsAndBytes())
 
-__all__ = ["FORMATS", "AutoAwq", "Format", "detect_format", "get_format"]
+__all__ = [
+    "FORMATS",
+    "AutoAwq",
+    "BitsAndBytes",
+    "CompressedTensors",
+    "Format",
+    "detect_format",
+    "get_format",
+    "stored_config",
+]
 
 
 def get_format(name: str) -> Format:
@@ -38,3 +49,15 @@ def detect_format(config: Mapping[str, Any]) -> Format:
             f"it reads {', '.join(fmt.name for fmt in FORMATS)}"
         )
     return found[0]
+
+
+def stored_config(model_config: Any) -> dict[str, Any] | None:
+    """The `quantization_config` of a Transformers config; None for a float model.
+
+    Older tools call it `compression_config`, or put one inside the other.
+    """
+    for key in ("quantization_config", "compression_config"):
+        config = getattr(model_config, key, None)
+        if config:
+            return dict(config.get("quantization_config") or config)
+    return None

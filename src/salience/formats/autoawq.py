@@ -52,9 +52,10 @@ class AutoAwq:
         for name, scheme in schemes.items():
             if scheme.bits != _BITS or scheme.codebook is not None:
                 better = Scheme(_BITS, scheme.group_size, scheme.sym)
+                other = "bitsandbytes" if scheme.codebook else "compressed-tensors"
                 raise SalienceError(
                     f"--format awq holds 4-bit codes, not {scheme} as {name} wants; "
-                    f"use --scheme {better}, or --format compressed-tensors"
+                    f"use --scheme {better}, or --format {other}"
                 )
         _one_group_size(schemes, shapes)
         for name, (rows, _) in shapes.items():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.kernels._codebook import Codebook
 from salience.kernels._reference import Reference
 from salience.kernels.cpu import CpuInt4
 from salience.qtensor import QTensor
@@ -40,7 +41,7 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: tuple[Backend, ...] = (CpuInt4(), Reference())
+BACKENDS: tuple[Backend, ...] = (CpuInt4(), Reference(), Codebook())
 
 
 def backend(name: str) -> Backend:

@@ -15,14 +15,15 @@ _TILE_ELEMENTS = 2**22
 
 
 class Reference:
-    """Dense bit stream [out, in * bits / 32], scales, zeros [out, groups], g_idx [in] or none."""
+    """Dense bit stream [out, words of in], scales, zeros [out, groups], g_idx [in] or none."""
 
     name = "reference"
 
     def supports(
         self, scheme: Scheme, device: torch.device, in_features: int, out_features: int
     ) -> bool:
-        return in_features * scheme.bits % 32 == 0
+        divides = in_features % scheme.group_columns(in_features) == 0
+        return scheme.codebook is None and divides
 
     def pack(self, qt: QTensor) -> list[Tensor]:
         packed = [pack(qt.q, qt.scheme.bits), qt.scales.clone(), qt.zeros.clone()]
@@ -36,7 +37,7 @@ class Reference:
         scheme = Scheme(bits, group_size)
         for start in range(0, words.shape[0], rows):
             tile = slice(start, start + rows)
-            codes = unpack(words[tile], bits)
+            codes = unpack(words[tile], bits, x.shape[1])
             weight = QTensor(codes, scales[tile], zeros[tile], scheme, g_idx).dequantize(x.dtype)
             torch.mm(x, weight.T, out=out[:, tile])
         return out

@@ -8,13 +8,15 @@ from salience.errors import SalienceError
 from salience.methods.awq import search_grids, search_scales
 from salience.methods.base import FoldScale, Method, Problem, full_grids
 from salience.methods.gptq import compensate
+from salience.methods.nf4 import NF4
 from salience.methods.rtn import RTN
+from salience.scheme import Scheme
 
 AWQ = Method("awq", search_scales, search_grids)
 GPTQ = Method("gptq", grids=search_grids, codes=compensate, reads_moments_to_code=True)
 AWQ_GPTQ = Method("awq+gptq", search_scales, search_grids, compensate, reads_moments_to_code=True)
 
-METHODS: tuple[Method, ...] = (AWQ, GPTQ, RTN)
+METHODS: tuple[Method, ...] = (AWQ, GPTQ, RTN, NF4)
 # What each effort makes of a method.
 EFFORTS = {"fast": {m.name: m for m in METHODS}, "balanced": {"awq": AWQ_GPTQ}}
 
@@ -24,10 +26,14 @@ __all__ = [
     "EFFORTS",
     "GPTQ",
     "METHODS",
+    "NF4",
     "RTN",
     "FoldScale",
     "Method",
     "Problem",
+    "check_method",
+    "default_format",
+    "default_scheme",
     "full_grids",
     "get_method",
 ]
@@ -48,3 +54,25 @@ def get_method(name: str, effort: str = "fast") -> Method:
         fits = " or ".join(EFFORTS[effort])
         raise SalienceError(f"--effort {effort} is for --method {fits}, not {name}")
     return EFFORTS[effort][name]
+
+
+def check_method(method: Method, scheme: Scheme) -> None:
+    """Refuse a scheme that a method does not make: codebooks have a method of their own.
+
+    Raises:
+        SalienceError: naming both options.
+    """
+    if method is NF4 and scheme.codebook is None:
+        raise SalienceError(f"--method nf4 makes no {scheme}; use --scheme nf4 or nf4-dq")
+    if method is not NF4 and scheme.codebook is not None:
+        raise SalienceError(f"--method {method.name} makes no {scheme}; use --method nf4")
+
+
+def default_scheme(method: str) -> str:
+    """The scheme of a method when none is named."""
+    return "nf4" if method == NF4.name else "w4g128"
+
+
+def default_format(method: str) -> str:
+    """The format of a method when none is named."""
+    return "bitsandbytes" if method == NF4.name else "awq"
