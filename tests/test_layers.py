@@ -21,6 +21,7 @@ LAYERS = {
     "salience.grid": 10,
     "salience.packing": 10,
     "salience.checkpoint": 10,
+    "salience.conversion": 15,
     "salience.source": 20,
     "salience.kernels._reference": 20,
     "salience.kernels.cpu": 20,
@@ -29,6 +30,7 @@ LAYERS = {
     "salience.formats.autoawq": 20,
     "salience.formats": 21,
     "salience.linear": 30,
+    "salience.modules": 29,
     "salience.structure": 30,
     "salience.stats": 30,
     "salience.calibration": 30,
@@ -54,7 +56,12 @@ LAYERS = {
 
 # Who may import what is heavy or optional. A package named here is imported nowhere else.
 WRAPPERS = {
-    "transformers": {"salience.source", "salience.loading", "salience.chat.reply"},
+    "transformers": {
+        "salience.conversion",
+        "salience.source",
+        "salience.loading",
+        "salience.chat.reply",
+    },
     "accelerate": {"salience.source"},
     "huggingface_hub": {"salience.source"},
     "gguf": {"salience.checkpoint"},

@@ -19,14 +19,14 @@ from salience.report import LinearReport
 from salience.scheme import Scheme
 from salience.stats import SecondMoment, output_error
 from salience.structure import (
-    PROOF_TOLERANCE,
     Fold,
     Run,
     apply_fold,
     linears,
-    relative_error,
     restore,
     snapshot,
+    unchanged,
+    weight_of,
 )
 
 
@@ -65,7 +65,7 @@ def quantize_block(
         SalienceError: a weight that cannot be coded.
     """
     plain = {name: _plain(block, name, prefix, moments[name], scheme) for name in linears(block)}
-    weights = {name: linear.weight.detach() for name, linear in linears(block).items()}
+    weights = {name: weight_of(linear) for name, linear in linears(block).items()}
     chosen = fold_scales(block, method.prepare(weights, folds, moments, scheme), run)
     return {
         name: _code(block, name, prefix, method, scheme, moments[name], chosen, plain[name])
@@ -77,8 +77,8 @@ def unit_moments(block: nn.Module, device: torch.device) -> dict[str, SecondMome
     """Moments of inputs of unit covariance, for a method that looks at no text."""
     return {
         name: SecondMoment(
-            torch.eye(linear.in_features, device=device),
-            torch.ones(linear.in_features, device=device),
+            torch.eye(weight_of(linear).shape[1], device=device),
+            torch.ones(weight_of(linear).shape[1], device=device),
             1,
         )
         for name, linear in linears(block).items()
@@ -93,7 +93,7 @@ def fold_scales(block: nn.Module, found: list[FoldScale], run: Run) -> list[Fold
     saved = snapshot(block, _touched(found))
     for choice in found:
         apply_fold(block, choice.fold, choice.scales)
-    if relative_error(run(), reference) <= PROOF_TOLERANCE:
+    if unchanged(block, run(), reference):
         return found
     # One of them is to blame: try each alone.
     restore(saved)
@@ -101,7 +101,7 @@ def fold_scales(block: nn.Module, found: list[FoldScale], run: Run) -> list[Fold
     for choice in found:
         saved = snapshot(block, _touched([choice]))
         apply_fold(block, choice.fold, choice.scales)
-        if relative_error(run(), reference) <= PROOF_TOLERANCE:
+        if unchanged(block, run(), reference):
             kept.append(choice)
         else:
             restore(saved)
@@ -109,13 +109,13 @@ def fold_scales(block: nn.Module, found: list[FoldScale], run: Run) -> list[Fold
 
 
 def _touched(choices: list[FoldScale]) -> list[str]:
-    return sorted({name for c in choices for name in (c.fold.prev, *c.fold.sinks)})
+    return sorted({name for c in choices for name in c.fold.modules})
 
 
 def _plain(
     block: nn.Module, name: str, prefix: str, moment: SecondMoment, scheme: Scheme
 ) -> _Plain:
-    weight, second = block.get_submodule(name).get_parameter("weight").detach(), moment.second
+    weight, second = weight_of(block.get_submodule(name)), moment.second
     try:
         difference = grid.quantize(weight, scheme).dequantize() - weight
     except SalienceError as error:
@@ -135,7 +135,7 @@ def _code(
     chosen: list[FoldScale],
     plain: _Plain,
 ) -> tuple[QTensor, LinearReport]:
-    weight = block.get_submodule(name).get_parameter("weight").detach()
+    weight = weight_of(block.get_submodule(name))
     own = next((choice for choice in chosen if name in choice.fold.sinks), None)
     if own is not None:
         moment = moment.scaled(own.scales)

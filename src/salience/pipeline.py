@@ -31,6 +31,7 @@ from salience.checkpoint import (
     disk_errors,
     read_json,
 )
+from salience.conversion import stored_module, stored_tensors
 from salience.errors import SalienceError
 from salience.formats import Format, get_format
 from salience.loading import read_tensor, resolve_device, set_tensor
@@ -49,7 +50,15 @@ from salience.report import REPORT_NAME, Report, versions
 from salience.scheme import Scheme
 from salience.source import Source, open_source
 from salience.stats import SecondMoment
-from salience.structure import Fold, discover_folds, find_blocks, linears, sink_groups
+from salience.structure import (
+    Fold,
+    discover_folds,
+    find_blocks,
+    kept,
+    linears,
+    sink_groups,
+    weight_of,
+)
 
 _PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
 
@@ -124,7 +133,7 @@ def quantize(
         device=str(job.device),
         versions=versions(),
         bits_per_weight=mean_bits(blocks, job.scheme),
-        kept_modules=_kept(skeleton, prefix),
+        kept_modules=list(kept(skeleton)),
     )
     tokens = text.tokens(source.tokenizer) if text else None
     _fill_buffers(job)
@@ -291,7 +300,8 @@ def _observe(
     found = linears(block)
     device = inputs.hidden.device
     of_group = {
-        names[0]: SecondMoment.empty(found[names[0]].in_features, device) for names in groups
+        names[0]: SecondMoment.empty(weight_of(found[names[0]]).shape[1], device)
+        for names in groups
     }
     for part in inputs.hidden.split(inputs.batch):
         out = observe(
@@ -327,12 +337,18 @@ def _write_block(
     job: _Job, writer: ShardWriter, block: nn.Module, name: str, coded: dict[str, QTensor]
 ) -> None:
     for local, qt in coded.items():
+        stored = stored_module(job.skeleton, job.weights, f"{name}.{local}")
         for part, tensor in job.fmt.write(qt).items():
-            writer.add(f"{name}.{local}.{part}", tensor)
+            writer.add(f"{stored}.{part}", tensor)
     quantized = {f"{local}.weight" for local in coded}
     for local, parameter in block.named_parameters():
         if local not in quantized:
-            writer.add(f"{name}.{local}", _half(parameter, f"{name}.{local}"))
+            _write(job, writer, f"{name}.{local}", _half(parameter, f"{name}.{local}"))
+
+
+def _write(job: _Job, writer: ShardWriter, name: str, tensor: Tensor) -> None:
+    for stored, part in stored_tensors(job.skeleton, job.weights, name, tensor).items():
+        writer.add(stored, part)
 
 
 def _write_rest(job: _Job, writer: ShardWriter) -> None:
@@ -342,9 +358,9 @@ def _write_rest(job: _Job, writer: ShardWriter) -> None:
     buffers = {name for name, _ in job.skeleton.named_buffers()}
     for name in sorted(job.weights.names()):
         if name in buffers:
-            writer.add(name, job.weights.tensor(name))
+            _write(job, writer, name, job.weights.tensor(name))
         elif name in parameters and not name.startswith(inside):
-            writer.add(name, _half(_float(job, name), name))
+            _write(job, writer, name, _half(_float(job, name), name))
     writer.write_json("config.json", _config(job))
     with disk_errors(writer.out):
         job.source.save_assets(writer.folder)
@@ -368,16 +384,11 @@ def _config(job: _Job) -> dict[str, Any]:
     config.setdefault("architectures", [type(job.skeleton).__name__])
     config.pop("torch_dtype", None)
     config["dtype"] = "float16"
-    kept = _kept(job.skeleton, job.prefix)
     config["quantization_config"] = job.fmt.config(
-        {f"{job.prefix}.{name}": job.scheme for name in linears(job.blocks)}, kept
+        {f"{job.prefix}.{name}": job.scheme for name in linears(job.blocks)},
+        list(kept(job.skeleton)),
     )
     return config
-
-
-def _kept(skeleton: nn.Module, prefix: str) -> list[str]:
-    """Linears that stay float."""
-    return [name for name in linears(skeleton) if not name.startswith(f"{prefix}.")]
 
 
 def _move_buffers(model: nn.Module, device: torch.device) -> None:

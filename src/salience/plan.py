@@ -14,7 +14,7 @@ from salience.formats import Format
 from salience.machine import available_ram_bytes, free_disk_bytes, matmul_flops, peak_rss_bytes
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
-from salience.structure import find_blocks, linears
+from salience.structure import find_blocks, linears, weight_of
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 SHARD_BYTES = 2**29
@@ -92,7 +92,7 @@ def make_plan(
         advice.append("GPU memory is short: use fewer --samples, or --device cpu")
     if disk > free_disk_bytes(out):
         advice.append(f"the disk of {out} is short by {disk - free_disk_bytes(out)} bytes")
-    quantized = sum(linear.weight.numel() for linear in linears(blocks).values())
+    quantized = sum(weight_of(linear).numel() for linear in linears(blocks).values())
     return Plan(
         model=source.name,
         scheme=str(scheme),
@@ -112,20 +112,13 @@ def make_plan(
 
 
 def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
-    """Refuse a source that is quantized already, has experts, or lacks a tensor of `model`.
+    """Refuse a source that is quantized already or lacks a tensor of `model`.
 
     Raises:
         SalienceError: naming the tensor.
     """
     if getattr(source.config, "quantization_config", None):
         raise SalienceError(f"{source.name} is quantized already; start from the float model")
-    prefix, blocks = find_blocks(model)
-    for name, parameter in blocks.named_parameters():
-        if parameter.ndim > 2:
-            raise SalienceError(
-                f"{prefix}.{name} is {list(parameter.shape)}: blocks with experts or convolutions "
-                "(mixture-of-experts, hybrids) are not supported"
-            )
     missing = {name for name, _ in model.named_parameters()} - weights.names()
     if missing:
         raise SalienceError(f"tensor {min(missing)} is missing from {weights.path}")
@@ -139,7 +132,7 @@ def check_scheme(model: nn.Module, scheme: Scheme, fmt: Format) -> None:
     """
     prefix, blocks = find_blocks(model)
     shapes = {
-        f"{prefix}.{name}": (linear.out_features, linear.in_features)
+        f"{prefix}.{name}": (weight_of(linear).shape[0], weight_of(linear).shape[1])
         for name, linear in linears(blocks).items()
     }
     fmt.check(dict.fromkeys(shapes, scheme), shapes)
@@ -156,14 +149,14 @@ def check_scheme(model: nn.Module, scheme: Scheme, fmt: Format) -> None:
 def mean_bits(blocks: nn.ModuleList, scheme: Scheme) -> float:
     """Stored bits a quantized weight, scales and zeros included."""
     found = linears(blocks).values()
-    bits = sum(m.weight.numel() * scheme.bits_per_weight(m.in_features) for m in found)
-    return bits / sum(m.weight.numel() for m in found)
+    bits = sum(weight_of(m).numel() * scheme.bits_per_weight(weight_of(m).shape[1]) for m in found)
+    return bits / sum(weight_of(m).numel() for m in found)
 
 
 def checkpoint_bytes(model: Any, scheme: Scheme) -> int:
     """Size of the written checkpoint."""
     _, blocks = find_blocks(model)
-    quantized = sum(linear.weight.numel() for linear in linears(blocks).values())
+    quantized = sum(weight_of(linear).numel() for linear in linears(blocks).values())
     others = sum(p.numel() for p in model.parameters()) - quantized
     return round(quantized * mean_bits(blocks, scheme) / 8) + others * _FLOAT_BYTES
 
@@ -178,7 +171,7 @@ def _memory(
     """Peak bytes of tensors: the larger of reading the embeddings and working on a block."""
     largest = max(sum(p.numel() for p in block.parameters()) for block in blocks)
     found = linears(blocks[0]).values()
-    widest = max(m.weight.numel() for m in found)
+    widest = max(weight_of(m).numel() for m in found)
     embedding = model.get_input_embeddings().weight
     waiting = min(SHARD_BYTES, disk)
     # Written last, with what waits for it: the embeddings in fp32 and fp16.
@@ -186,9 +179,9 @@ def _memory(
     if calibration is None:
         return max(4 * (largest + 6 * widest), rest) + waiting
     hidden = calibration.samples * calibration.seqlen * embedding.shape[1]
-    moments = sum({m.in_features: m.in_features**2 for m in found}.values()) * 2
+    moments = sum({k: k**2 for k in (weight_of(m).shape[1] for m in found)}.values()) * 2
     tokens = MICRO_BATCH_TOKENS[device.type]
-    activations = tokens * 6 * max(max(m.in_features, m.out_features) for m in found)
+    activations = tokens * 6 * max(max(weight_of(m).shape) for m in found)
     block = 4 * (largest + moments + 6 * widest + activations)
     first = 4 * (embedding.numel() + hidden)  # while the parts of the hidden states are joined
     tokenizer = _TOKENIZER_BYTES * embedding.shape[0]
@@ -201,14 +194,14 @@ def _seconds(
     flops = matmul_flops(device)
     each = _SECONDS_PER_CANDIDATE[device.type]
     found = linears(blocks).values()
-    count = sum(m.weight.numel() for m in found)
+    count = sum(weight_of(m).numel() for m in found)
     if calibration is None:
         return {"search": 4 * each * count}
     tokens = calibration.samples * calibration.seqlen
-    inputs = sum(m.in_features**2 for m in found)
+    inputs = sum(weight_of(m).shape[1] ** 2 for m in found)
     statistics = 2 * tokens * (count + inputs) / flops
-    products = sum(m.weight.numel() * m.in_features for m in found)
-    groups = sum(m.weight.numel() * scheme.group_columns(m.in_features) for m in found)
+    products = sum(weight_of(m).numel() * weight_of(m).shape[1] for m in found)
+    groups = sum(weight_of(m).numel() * scheme.group_columns(weight_of(m).shape[1]) for m in found)
     search = 2 * (_SCALE_CANDIDATES + 4) * products / flops + 2 * _CLIP_CANDIDATES * groups / flops
     search += each * count * (_SCALE_CANDIDATES + _CLIP_CANDIDATES)
     return {"statistics": statistics, "search": search}
