@@ -25,20 +25,29 @@ channels feeds which input channel, is found in three steps.
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from salience.errors import SalienceError
+from salience.folds import (
+    PROOF_TOLERANCE,
+    Fold,
+    apply_fold,
+    channels_of,
+    divide,
+    multiply,
+    relative_error,
+    restore,
+    restored,
+    snapshot,
+    unchanged,
+)
+from salience.groups import Run, calls_of, sink_groups
 from salience.modules import (
-    bias_of,
     expert_lists,
     find_blocks,
-    has_experts,
     is_linear,
     kept,
     linears,
@@ -63,97 +72,8 @@ __all__ = [
     "weight_of",
 ]
 
-# True folds stay under 2e-6 in fp32, false ones are above 2e-2: the gap is four orders wide.
-PROOF_TOLERANCE = 1e-4
 _PROBE_LEVELS = 1.01  # ratio of neighbouring probe factors
 _GRADIENT_TOLERANCE = 1e-2  # of sums that are whole numbers for channels that x follows
-_TIES = 0.01  # share of tokens for which a router may meet a tie
-
-Run = Callable[[], Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fold:
-    """prev / s and sinks * s together change nothing.
-
-    Args:
-        prev: module of the block whose output channels are divided.
-        sinks: linears of the block whose input channels are multiplied.
-        rule: how prev is divided: "norm" (weight), "1+w norm" (1 + weight) or "rows" (of a linear).
-        index: channel of prev that feeds each input channel, int64 [in].
-        error: relative change of the block's output in the proof.
-        others: what else reads those channels and is multiplied with the sinks though it stays
-            float: names of parameters, each with the axis of its input channels.
-    """
-
-    prev: str
-    sinks: tuple[str, ...]
-    rule: str
-    index: Tensor
-    error: float
-    others: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def channels(self) -> int:
-        """How many scales are free: input channels fed by one channel of prev share one."""
-        return int(self.index.unique().numel())
-
-    @property
-    def modules(self) -> tuple[str, ...]:
-        """The modules whose parameters it changes."""
-        owners = (name.rpartition(".")[0] for name, _ in self.others)
-        return tuple(dict.fromkeys((self.prev, *self.sinks, *owners)))
-
-
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One call of a module, its first tensor and what it returned."""
-
-    name: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    key: int | str
-    out: Any
-
-    @property
-    def x(self) -> Tensor:
-        return self.args[self.key] if isinstance(self.key, int) else self.kwargs[self.key]
-
-    def again(self, module: nn.Module, x: Tensor) -> Any:
-        """What the module returns for another first tensor."""
-        if isinstance(self.key, int):
-            args = (*self.args[: self.key], x, *self.args[self.key + 1 :])
-            return module(*args, **self.kwargs)
-        return module(*self.args, **{**self.kwargs, self.key: x})
-
-
-def sink_groups(block: nn.Module, run: Run) -> list[tuple[str, ...]]:
-    """Linears of `block` that received the same tensor, in the order they were called.
-
-    Raises:
-        SalienceError: a linear that was not called, so nothing is known of its input.
-    """
-    groups: dict[tuple[object, ...], list[str]] = {}
-    found = linears(block)
-    for call in _calls(block, run):
-        if call.name in found:
-            x = call.x
-            # A view of all tokens in one row is the same tensor.
-            layout = () if x.is_contiguous() else (tuple(x.shape), x.stride())
-            key = (x.data_ptr(), x.numel(), x.shape[-1], *layout)
-            groups.setdefault(key, []).append(call.name)
-    missing = set(found) - {name for group in groups.values() for name in group}
-    if missing:
-        raise SalienceError(f"linear {min(missing)} was not reached by the calibration text")
-    # A linear that is called twice is in the group of its first call.
-    seen: set[str] = set()
-    result = []
-    for group in groups.values():
-        names = tuple(name for name in dict.fromkeys(group) if name not in seen)
-        seen.update(names)
-        if names:
-            result.append(names)
-    return result
 
 
 def discover_folds(
@@ -211,7 +131,7 @@ class _Search:
         self.block = block
         self.run = run
         self.generator = torch.Generator().manual_seed(seed)
-        self.calls = _calls(block, run)
+        self.calls = calls_of(block, run)
         self.first = {call.name: call for call in reversed(self.calls)}
         self.output = run()
         self.experts = expert_lists(block)
@@ -225,7 +145,7 @@ class _Search:
         factors = {
             name: torch.ones(count, device=self.output.device, requires_grad=True)
             for name in order
-            if (count := _channels(self.block.get_submodule(name)))
+            if (count := channels_of(self.block.get_submodule(name)))
         }
         with torch.enable_grad():
             inputs = self._inputs(sinks, factors)
@@ -271,7 +191,7 @@ class _Search:
         fold = self._with_consumers(Fold(prev, sinks, rule, index, 0.0))
         if isinstance(fold, str):
             return fold
-        with _restored(self.block, fold.modules):
+        with restored(self.block, fold.modules):
             apply_fold(self.block, fold, self._scales(fold))
             error = relative_error(self.run(), self.output)
         if error <= PROOF_TOLERANCE:
@@ -315,10 +235,10 @@ class _Search:
         module, call = self.block.get_submodule(prev), self.first[prev]
         if is_linear(module):
             return "rows"
-        divisor = self._powers(_channels(module)).to(call.out.device)
+        divisor = self._powers(channels_of(module)).to(call.out.device)
         for rule in ("norm", "1+w norm"):
-            with _restored(self.block, (prev,)), torch.no_grad():
-                _divide(module, rule, divisor.to(call.out.dtype))
+            with restored(self.block, (prev,)), torch.no_grad():
+                divide(module, rule, divisor.to(call.out.dtype))
                 if _same(call.again(module, call.x), call.out / divisor):
                     return rule
         return None
@@ -328,9 +248,9 @@ class _Search:
         found = linears(self.block)
         scales = self._scales(fold)
         while True:
-            with _restored(self.block, fold.modules):
+            with restored(self.block, fold.modules):
                 apply_fold(self.block, fold, scales)
-                moved = {call.name: call for call in reversed(_calls(self.block, self.run))}
+                moved = {call.name: call for call in reversed(calls_of(self.block, self.run))}
             known = {*fold.sinks, *(name for name, _ in fold.others)}
             news = []
             for name, call in self.first.items():
@@ -366,9 +286,9 @@ class _Search:
         divided = (call.x / scales).to(call.x.dtype)
         for count in range(1, 4):
             for some in itertools.combinations(entries, count):
-                with _restored(self.block, (name,)), torch.no_grad():
+                with restored(self.block, (name,)), torch.no_grad():
                     for local, axis in some:
-                        _multiply(own[local], axis, scales)
+                        multiply(own[local], axis, scales)
                     if _same(call.again(module, divided), call.out):
                         return self._for_all_experts(name, list(some))
         # Without one: a module that holds others may have parameters that do not meet its input.
@@ -422,66 +342,6 @@ class _Search:
         return {name: seen[name].flatten(0, -2) for name in names}
 
 
-def apply_fold(block: nn.Module, fold: Fold, scales: Tensor) -> None:
-    """Divide prev and multiply the sinks and others by `scales` [in], in place."""
-    prev = block.get_submodule(fold.prev)
-    divisor = scales.new_ones(_channels(prev))
-    divisor[fold.index.to(scales.device)] = scales
-    with torch.no_grad():
-        _divide(prev, fold.rule, divisor)
-        for name in fold.sinks:
-            weight_of(block.get_submodule(name)).mul_(scales)
-        for name, axis in fold.others:
-            _multiply(block.get_parameter(name), axis, scales)
-
-
-def snapshot(block: nn.Module, names: Iterable[str]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Copies of the parameters of these modules, for `restore`."""
-    return [
-        (parameter, parameter.detach().clone())
-        for name in names
-        for parameter in block.get_submodule(name).parameters(recurse=False)
-    ]
-
-
-def restore(saved: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """Put parameters back as they were at the `snapshot`."""
-    with torch.no_grad():
-        for parameter, value in saved:
-            parameter.copy_(value)
-
-
-@contextmanager
-def _restored(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    saved = snapshot(block, names)
-    try:
-        yield
-    finally:
-        restore(saved)
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """|value - reference| / |reference| in the Frobenius norm; infinite when not finite."""
-    error = ((value - reference).norm() / reference.norm().clamp(min=1e-30)).item()
-    return error if error == error else float("inf")
-
-
-def unchanged(block: nn.Module, value: Tensor, reference: Tensor) -> bool:
-    """Whether outputs [..., hidden] of a block are the same, to the tolerance of the proof.
-
-    Where there is a router, a token in a hundred may differ: one that meets a tie between two
-    experts, which rounding decides. A wrong fold changes nearly all tokens.
-    """
-    if relative_error(value, reference) <= PROOF_TOLERANCE:
-        return True
-    if not has_experts(block) or not torch.isfinite(value).all():
-        return False
-    away = (value - reference).flatten(0, -2).norm(dim=-1)
-    length = reference.flatten(0, -2).norm(dim=-1).clamp(min=1e-30)
-    changed = (away / length > PROOF_TOLERANCE).sum().item()
-    return changed <= _TIES * len(away)
-
-
 def _fill_dead(index: Tensor) -> Tensor | None:
     """Name the channels that were 0 for every token, when the others are in plain order."""
     dead = index.isnan()
@@ -491,31 +351,6 @@ def _fill_dead(index: Tensor) -> Tensor | None:
         return None
     offset = (index - torch.arange(len(index)))[~dead]
     return torch.arange(len(index)) + offset[0] if (offset == offset[0]).all() else None
-
-
-def _divide(module: nn.Module, rule: str, divisor: Tensor) -> None:
-    if rule == "rows":
-        weight_of(module).div_(divisor[:, None])
-    else:
-        weight = module.get_parameter("weight")
-        weight.copy_((1 + weight) / divisor - 1 if rule == "1+w norm" else weight / divisor)
-    bias = bias_of(module)
-    if bias is not None:
-        bias.div_(divisor)
-
-
-def _multiply(parameter: Tensor, axis: int, scales: Tensor) -> None:
-    shape = [1] * parameter.ndim
-    shape[axis] = -1
-    parameter.mul_(scales.to(parameter.dtype).view(shape))
-
-
-def _channels(module: nn.Module) -> int:
-    """Output channels of a linear or of a module with a weight for each channel; 0 of others."""
-    if is_linear(module):
-        return int(weight_of(module).shape[0])
-    weight = module._parameters.get("weight")
-    return len(weight) if weight is not None and weight.ndim == 1 else 0
 
 
 def _moved_by(x: Tensor, moved: Tensor, scales: Tensor) -> bool:
@@ -536,35 +371,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     return type(a) is type(b)
-
-
-def _calls(block: nn.Module, run: Run) -> list[_Call]:
-    """The calls of all modules below the block that get a tensor, in the order they returned."""
-    calls: list[_Call] = []
-    handles = []
-    for name, module in block.named_modules():
-        # Of modules that hold others, only those with parameters of their own compute something.
-        inner = next(module.children(), None) is not None
-        if not name or (inner and next(module.parameters(recurse=False), None) is None):
-            continue
-
-        def hook(
-            _module: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            out: Any,
-            name: str = name,
-        ) -> None:
-            keys: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-            for key, value in keys:
-                if isinstance(value, Tensor):
-                    calls.append(_Call(name, args, kwargs, key, out))
-                    return
-
-        handles.append(module.register_forward_hook(hook, with_kwargs=True))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
