@@ -9,7 +9,7 @@ the float block before it, so nothing found in one block changes what another on
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +173,7 @@ def block_inputs(
     Raises:
         SalienceError: arguments that depend on the text, which cannot be recorded once.
     """
-    recorder = _Recorder(len(blocks))
+    recorder = _Recorder(blocks)
     handles = [block.register_forward_pre_hook(recorder, with_kwargs=True) for block in blocks]
     hidden = []
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
@@ -182,21 +182,35 @@ def block_inputs(
             block.forward = _pass_through
         for part in tokens.split(batch):
             recorder.start()
-            with suppress(_StopForwardError):
+            with suppress(_StopForwardError), _only_hidden_states(model):
                 model(input_ids=part.to(device), use_cache=False)
+            if len(recorder.calls) < len(blocks):
+                raise _refusal(model, f"runs {len(recorder.calls)} of its {len(blocks)} blocks")
             hidden.append(recorder.hidden)
             if arguments is None:
                 arguments = recorder.calls
             elif not _same(arguments, recorder.calls):
-                raise SalienceError(
-                    f"{type(model).__name__} passes its blocks arguments that depend on the text; "
-                    "this architecture is not supported"
-                )
+                raise _refusal(model, "passes its blocks arguments that depend on the text")
     finally:
         for block, handle in zip(blocks, handles, strict=True):
             handle.remove()
             vars(block).pop("forward", None)  # the class's own forward shows again
     return BlockInputs(torch.cat(hidden), arguments or [], batch)
+
+
+def _refusal(model: nn.Module, what: str) -> SalienceError:
+    return SalienceError(f"{type(model).__name__} {what}; this architecture is not supported")
+
+
+@contextmanager
+def _only_hidden_states(model: nn.Module) -> Iterator[None]:
+    """One line for a model that cannot go on with what the stubs of its blocks return."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        raise _refusal(
+            model, f"passes more than hidden states from block to block ({error})"
+        ) from None
 
 
 def _pass_through(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
@@ -206,7 +220,7 @@ def _pass_through(hidden_states: Tensor, *_args: object, **_kwargs: object) -> T
 class _Recorder:
     """A forward pre-hook that notes the arguments of each block and stops at the last."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: nn.ModuleList) -> None:
         self._blocks = blocks
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.hidden = torch.empty(0)
@@ -215,14 +229,16 @@ class _Recorder:
         self.calls = []
 
     def __call__(
-        self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if block is not self._blocks[len(self.calls)]:
+            raise _refusal(block, "is not called in the order of the list of blocks")
         kwargs = dict(kwargs)
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if not self.calls:
             self.hidden = hidden.detach()
         self.calls.append((args[1:], kwargs))
-        if len(self.calls) == self._blocks:
+        if len(self.calls) == len(self._blocks):
             raise _StopForwardError
         # Some models take the first item of what a block returns, which a stub's tensor is not made
         # for: hand on what the first block got, whatever became of it since.

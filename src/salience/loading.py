@@ -60,8 +60,13 @@ def load_source(
     weights = source.weights(model)
     config = getattr(source.config, "quantization_config", None)
     packed = _fill_quantized(model, weights, config, place, kernel) if config else set()
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
     for name, parameter in list(model.named_parameters()):
-        set_tensor(model, name, read_tensor(weights, name, parameter).to(place, dtype))
+        value = read_tensor(weights, name, parameter).to(place, dtype)
+        for other in tied[id(parameter)]:
+            set_tensor(model, other, value)
     for name, buffer in model.named_buffers():
         if name in weights.names() and name not in packed:
             buffer.copy_(read_tensor(weights, name, buffer))
