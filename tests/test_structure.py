@@ -634,3 +634,82 @@ def test_relative_error() -> None:
     assert relative_error(ones * 1.5, ones) == pytest.approx(0.5)
     assert relative_error(ones * float("nan"), ones) == float("inf")
     assert list(linears(gated_mlp(RmsNorm()))) == ["gate", "up", "down"]
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_a_gate_that_is_linear(gate_first: bool) -> None:
+    """With a ReLU gate the input follows gate and up alike: one of them is divided, not both."""
+
+    def function(block: Any, x: Tensor) -> Tensor:
+        a, b = block.both(block.norm(x)).chunk(2, -1)
+        gate, up = (a, b) if gate_first else (b, a)
+        return x + block.down(F.relu(gate) * up)
+
+    parts = {
+        "norm": RmsNorm(),
+        "both": nn.Linear(WIDTH, 2 * INNER),
+        "down": nn.Linear(INNER, WIDTH),
+    }
+    found = folds_of(Toy(parts, function))
+    assert found["down"].index.tolist() == list(range(INNER, 2 * INNER))
+
+
+def test_a_gate_that_is_linear_in_some_channels() -> None:
+    def function(block: Any, x: Tensor) -> Tensor:
+        gate, up = block.both(block.norm(x)).chunk(2, -1)
+        return x + block.down(F.silu(gate) * up)
+
+    parts = {
+        "norm": RmsNorm(),
+        "both": nn.Linear(WIDTH, 2 * INNER),
+        "down": nn.Linear(INNER, WIDTH),
+    }
+    toy = Toy(parts, function)
+    with torch.no_grad():
+        toy.both.bias[[3, 11]] = 50.0  # silu(50) is 50
+        toy.both.bias[[5, 7]] = 8.0  # nearly linear
+    found = folds_of(toy)
+    assert found["down"].index.tolist() == list(range(INNER, 2 * INNER))
+
+
+def test_router_beside_a_shared_expert_of_as_many_outputs() -> None:
+    """Qwen3-Next has 512 experts and a shared expert of 512 channels."""
+    for router in (Router(), nn.Linear(WIDTH, EXPERTS, bias=False)):
+        mlp = nn.ModuleDict({"gate": router, "experts": StackedExperts(False)})
+        mlp["shared"] = nn.ModuleDict(
+            {"up": nn.Linear(WIDTH, EXPERTS), "down": nn.Linear(EXPERTS, WIDTH)}
+        )
+        block = nn.ModuleDict({"q": nn.Linear(WIDTH, EXPERTS), "mlp": mlp})
+        assert set(linears(block)) == {"q", "mlp.shared.up", "mlp.shared.down"}
+
+
+def test_router_of_several_layers_with_a_spare_output() -> None:
+    gate = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, EXPERTS + 1))
+    block = nn.ModuleDict({"gate": gate, "experts": StackedExperts(False)})
+    assert linears(block) == {}
+    block = nn.ModuleDict({"q": nn.Linear(WIDTH, WIDTH), "mlp": block})
+    model = Toy({"layers": nn.ModuleList([block, block])}, swiglu)
+    assert set(kept(model).values()) == {"router", "expert"}
+    assert "layers.0.mlp.gate" in kept(model)
+
+
+def test_decoder_beside_other_lists() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision = nn.ModuleList([nn.Linear(99, 99)])
+            self.text = nn.ModuleDict(
+                {
+                    "layers": nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)]),
+                    "mtp": nn.ModuleList([nn.Linear(16, 16)]),
+                }
+            )
+
+        def get_decoder(self) -> nn.Module:
+            return self.text
+
+    assert find_blocks(Model())[0] == "text.layers"
+    assert set(kept(Model()).items()) == {
+        ("vision.0", "outside the blocks"),
+        ("text.mtp.0", "outside the blocks"),
+    }

@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +174,31 @@ def block_inputs(
     Raises:
         SalienceError: arguments that depend on the text, which cannot be recorded once.
     """
+    # Blocks return hidden states, or a tuple with more in it, of which a stub knows nothing.
+    for items in (1, 2, 3):
+        with suppress(_UnpackedError):
+            return _record(model, blocks, tokens, batch, device, items)
+    raise _refusal(model, "takes more from its blocks than hidden states")
+
+
+def _record(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    batch: int,
+    device: torch.device,
+    items: int,
+) -> BlockInputs:
     recorder = _Recorder(blocks)
     handles = [block.register_forward_pre_hook(recorder, with_kwargs=True) for block in blocks]
     hidden = []
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
     try:
         for block in blocks:
-            block.forward = _pass_through
+            block.forward = partial(_pass_through, items)
         for part in tokens.split(batch):
             recorder.start()
-            with suppress(_StopForwardError), _only_hidden_states(model):
+            with suppress(_StopForwardError), _unpacking():
                 model(input_ids=part.to(device), use_cache=False)
             if len(recorder.calls) < len(blocks):
                 raise _refusal(model, f"runs {len(recorder.calls)} of its {len(blocks)} blocks")
@@ -202,19 +218,47 @@ def _refusal(model: nn.Module, what: str) -> SalienceError:
     return SalienceError(f"{type(model).__name__} {what}; this architecture is not supported")
 
 
+class _UnpackedError(Exception):
+    """The model takes a block's result apart into another number of items."""
+
+
 @contextmanager
-def _only_hidden_states(model: nn.Module) -> Iterator[None]:
-    """One line for a model that cannot go on with what the stubs of its blocks return."""
+def _unpacking() -> Iterator[None]:
     try:
         yield
-    except (ValueError, TypeError, AttributeError) as error:
-        raise _refusal(
-            model, f"passes more than hidden states from block to block ({error})"
-        ) from None
+    except ValueError as error:
+        if "values to unpack" not in str(error):
+            raise
+        raise _UnpackedError from None
 
 
-def _pass_through(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-    return hidden_states
+class _Stub(Tensor):
+    """A stub's hidden states: without this, a batch of two would be unpacked as two results."""
+
+    def __iter__(self) -> Any:
+        raise _UnpackedError
+
+
+class _Unknown:
+    """What a stub returns beside hidden states."""
+
+
+def _pass_through(items: int, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Any:
+    if items == 1:
+        return hidden_states.as_subclass(_Stub)
+    return (hidden_states, *(_Unknown() for _ in range(items - 1)))
+
+
+def _is_known(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_known, value))
+    if isinstance(value, dict):
+        return all(map(_is_known, value.values()))
+    return not isinstance(value, _Unknown)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(Tensor) if isinstance(value, _Stub) else value
 
 
 class _Recorder:
@@ -233,7 +277,10 @@ class _Recorder:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if block is not self._blocks[len(self.calls)]:
             raise _refusal(block, "is not called in the order of the list of blocks")
-        kwargs = dict(kwargs)
+        args = tuple(map(_plain, args))
+        kwargs = {key: _plain(value) for key, value in kwargs.items()}
+        if not _is_known((args, kwargs)):
+            raise _refusal(block, "is handed more than hidden states by the block before it")
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if not self.calls:
             self.hidden = hidden.detach()

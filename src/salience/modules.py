@@ -17,8 +17,8 @@ from torch.nn.modules.conv import _ConvNd
 
 from salience.errors import SalienceError
 
-# Formats pack eight outputs into a word; a gate of fewer would save nothing.
-_FEWEST_OUTPUTS = 8
+# Formats pack eight outputs into a word; a gate of fewer, or a sum of fewer inputs, saves nothing.
+_NARROWEST = 8
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -104,8 +104,9 @@ def bias_of(linear: nn.Module) -> Tensor | None:
 def kept(model: nn.Module) -> dict[str, str]:
     """What stays float beside norms and embeddings: full name of a module or parameter -> reason.
 
-    Reasons are "expert", "router", "convolution", "narrow" (fewer than 8 outputs), "own forward"
-    (a Linear that computes something else) and "outside the blocks".
+    Reasons are "expert", "router", "convolution", "stacked weights" (of three dimensions, with no
+    router beside them), "narrow" (fewer than 8 inputs or outputs), "own forward" (a Linear that
+    computes something else) and "outside the blocks".
     """
     prefix, blocks = find_blocks(model)
     result = {f"{prefix}.{name}": reason for name, reason in _floats(blocks).items()}
@@ -122,11 +123,21 @@ def has_experts(module: nn.Module) -> bool:
 
 
 def expert_lists(module: nn.Module) -> dict[str, list[str]]:
-    """Lists of equal modules, one for each expert: name of the list -> names of its items."""
-    return {
-        name: [f"{name}.{key}" for key, _ in part.named_children()]
+    """Lists of equal modules, one for each expert: name of the list -> names of its items.
+
+    Args:
+        module: a block, a list of blocks, or a model, whose outermost lists hold blocks.
+    """
+    lists = {
+        name: part
         for name, part in module.named_modules()
         if isinstance(part, nn.ModuleList | nn.ModuleDict)
+    }
+    is_model = any(isinstance(part, nn.Embedding) for part in module.modules())
+    return {
+        name: [f"{name}.{key}" for key, _ in part.named_children()]
+        for name, part in lists.items()
+        if (not is_model or any(name.startswith(f"{other}.") for other in lists))
         and _are_equal(part)
         and _routers(module, name, len(part))
     }
@@ -135,10 +146,9 @@ def expert_lists(module: nn.Module) -> dict[str, list[str]]:
 def _floats(module: nn.Module) -> dict[str, str]:
     """What stays float below `module`, by the shortest name that says it, with the reason."""
     result: dict[str, str] = {}
-    for name in expert_lists(module):
+    for name, items in expert_lists(module).items():
         result[name] = "expert"
-        for router in _routers(module, name, len(list(module.get_submodule(name).children()))):
-            result[router] = "router"
+        result |= dict.fromkeys(_routers(module, name, len(items)), "router")
     for name, part in module.named_modules():
         if isinstance(part, _ConvNd):
             result[name] = "convolution"
@@ -146,15 +156,18 @@ def _floats(module: nn.Module) -> dict[str, str]:
         for local, parameter in part.named_parameters(recurse=False):
             if parameter.ndim < 3:
                 continue
+            routers = _routers(module, name, parameter.shape[0])
             # A module of stacked weights goes by its own name, unless there is more in it.
             alone = not any(is_linear(child) for child in part.modules())
-            result[name if alone and name else _join(name, local)] = "expert"
-            for router in _routers(module, name, parameter.shape[0]):
-                result[router] = "router"
+            owner = name if alone and name else _join(name, local)
+            if routers:
+                result[owner] = "expert"
+            result.setdefault(owner, "stacked weights")
+            result |= dict.fromkeys(routers, "router")
     for name, part in module.named_modules():
         if isinstance(part, nn.Linear) and not is_linear(part):
             result.setdefault(name, "own forward")
-        elif is_linear(part) and weight_of(part).shape[0] < _FEWEST_OUTPUTS:
+        elif is_linear(part) and min(weight_of(part).shape) < _NARROWEST:
             result.setdefault(name, "narrow")
     return {
         name: reason
@@ -164,22 +177,32 @@ def _floats(module: nn.Module) -> dict[str, str]:
 
 
 def _routers(root: nn.Module, experts: str, count: int) -> list[str]:
-    """Modules with one output for each of `count` experts: the nearest beside the experts."""
+    """What chooses among `count` experts: the nearest modules with an output for each of them.
+
+    A shared expert may have as many outputs, and some routers have a few more ("no expert"). So of
+    the candidates those that are no plain linears win, then those with the very number of outputs,
+    then those that lie highest.
+    """
     parent = experts
     while parent:
         parent = parent.rpartition(".")[0]
         scope = root.get_submodule(parent)
         if isinstance(scope, nn.ModuleList):
             return []  # this is the list of blocks
-        found = [
-            name
-            for local, part in scope.named_modules()
-            if not _inside(name := _join(parent, local), (experts,))
-            and _outputs(part) == count
-            and not isinstance(part, nn.Embedding)
-        ]
+        found: dict[str, tuple[bool, bool, int]] = {}
+        for local, part in scope.named_modules():
+            outputs = _outputs(part)
+            if outputs is None or not count <= outputs <= 2 * count:
+                continue
+            if not _inside(name := _join(parent, local), (experts,)):
+                found[name] = (is_linear(part), outputs != count, local.count("."))
         if found:
-            return found
+            best = [name for name, rank in found.items() if rank == min(found.values())]
+            if parent != experts.rpartition(".")[0]:
+                return best
+            # Beside the experts: all of the router, were it of several layers.
+            depth = parent.count(".") + 2 if parent else 1
+            return list(dict.fromkeys(".".join(name.split(".")[:depth]) for name in best))
     return []
 
 
@@ -187,7 +210,9 @@ def _outputs(module: nn.Module) -> int | None:
     if is_linear(module):
         return weight_of(module).shape[0]
     weight = module._parameters.get("weight")
-    return weight.shape[0] if weight is not None and weight.ndim == 2 else None
+    if weight is None or weight.ndim != 2 or isinstance(module, nn.Embedding):
+        return None
+    return weight.shape[0]
 
 
 def _are_equal(modules: nn.ModuleList | nn.ModuleDict) -> bool:

@@ -73,7 +73,7 @@ __all__ = [
 ]
 
 _PROBE_LEVELS = 1.01  # ratio of neighbouring probe factors
-_GRADIENT_TOLERANCE = 1e-2  # of sums that are whole numbers for channels that x follows
+_GRADIENT_TOLERANCES = (1e-4, 1e-2)  # of sums that are whole for channels that x follows
 
 
 def discover_folds(
@@ -105,8 +105,8 @@ def search_folds(
         if any(sinks[0] in fold.sinks for fold in folds):
             continue
         why = "no norm or linear of the block feeds it"
-        for prev, rows in followed[sinks[0]]:
-            fold = search.fold(prev, rows, sinks)
+        for prev, away in followed[sinks[0]]:
+            fold = search.fold(prev, away, sinks)
             if isinstance(fold, Fold):
                 folds.append(_whole_groups(fold, groups))
                 break
@@ -136,10 +136,10 @@ class _Search:
         self.output = run()
         self.experts = expert_lists(block)
 
-    def gradients(self, sinks: list[str]) -> dict[str, list[tuple[str, Tensor | None]]]:
-        """For each sink the modules that feed it, nearest first, with the channels it follows.
+    def gradients(self, sinks: list[str]) -> dict[str, list[tuple[str, Tensor]]]:
+        """For each sink the modules that feed it, nearest first.
 
-        None instead of the channels: it follows none of them in proportion.
+        With each, for its channels, how far the sink is from following them in proportion.
         """
         order = list(dict.fromkeys(call.name for call in reversed(self.calls)))
         factors = {
@@ -151,7 +151,7 @@ class _Search:
             inputs = self._inputs(sinks, factors)
             return {sink: self._followed(inputs[sink], factors) for sink in sinks}
 
-    def _followed(self, x: Tensor, factors: dict[str, Tensor]) -> list[tuple[str, Tensor | None]]:
+    def _followed(self, x: Tensor, factors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
         if not x.requires_grad:
             return []
         values = x.detach().double()
@@ -159,7 +159,7 @@ class _Search:
         energy = square.sum(0).clamp(min=1e-300)
         noise = torch.randn(values.shape, generator=self.generator).to(values)
         noise -= (square * noise).sum(0) / energy
-        result: list[tuple[str, Tensor | None]] = []
+        result: list[tuple[str, Tensor]] = []
         counts, rests = (
             torch.autograd.grad(
                 x,
@@ -173,16 +173,18 @@ class _Search:
         for name, count, rest in zip(factors, counts, rests, strict=True):
             if count is None or rest is None or not (count.abs() + rest.abs()).max() > 0:
                 continue
-            whole = (count - count.round()).abs() <= _GRADIENT_TOLERANCE
-            rows = whole & (count.round() >= 1) & (rest.abs() <= _GRADIENT_TOLERANCE)
-            result.append((name, rows if rows.any() else None))
+            away = torch.maximum((count - count.round()).abs(), rest.abs())
+            result.append((name, torch.where(count.round() >= 1, away, torch.inf)))
         return result
 
-    def fold(self, prev: str, rows: Tensor | None, sinks: tuple[str, ...]) -> Fold | str:
+    def fold(self, prev: str, away: Tensor, sinks: tuple[str, ...]) -> Fold | str:
         """The proved fold, or the reason why there is none."""
-        if rows is None:
+        if not (away <= _GRADIENT_TOLERANCES[-1]).any():
             return f"what lies between it and {prev} is not linear"
-        index = self._index(prev, rows, sinks[0])
+        # Rounding may hide a row, and a gate that is nearly linear may look like one.
+        masks = (away <= tolerance for tolerance in _GRADIENT_TOLERANCES)
+        found = (self._index(prev, rows, sinks[0]) for rows in masks if rows.any())
+        index = next((index for index in found if index is not None), None)
         if index is None:
             return f"the channels of {prev} reach it mixed"
         rule = self._rule(prev)
@@ -201,34 +203,51 @@ class _Search:
     def _index(self, prev: str, rows: Tensor, sink: str) -> Tensor | None:
         """Which channel of prev, of those in the mask `rows`, feeds each input channel."""
         channels = rows.nonzero().flatten().cpu()
-        base = int(len(channels) ** 0.5) + 1
-        x = self.first[sink].x.detach().flatten(0, -2).double()
-        energy = x.square().sum(0)
-        digits = []
-        # Two probes of about sqrt(count) well-spaced factors name a channel by its two digits.
         place = torch.arange(len(channels))
-        for digit in (place // base, place % base):
-            factors = torch.ones(len(rows), dtype=torch.float64)
-            factors[channels] = _PROBE_LEVELS ** (digit + 1).double()
-            moved = self._inputs([sink], {prev: factors.to(x.device)})[sink].double()
-            ratio = (moved * x).sum(0) / energy.clamp(min=1e-300)
-            if moved.shape != x.shape or relative_error(x * ratio, moved) > PROOF_TOLERANCE:
-                return None
-            exponent = ratio.clamp(min=1e-300).log() / torch.tensor(_PROBE_LEVELS).double().log()
-            exponent = torch.where(energy > 0, exponent, torch.nan).cpu()
-            if ((exponent - exponent.round()).abs() > 0.1).any():
-                return None
-            digits.append(exponent.round() - 1)
-        named = digits[0] * base + digits[1]
-        alive = ~named.isnan()
-        if ((named[alive] < 0) | (named[alive] >= len(channels))).any():
+        base = int(len(channels) ** 0.5) + 1
+        # All at once says how many feed an input channel; then two digits name the one that does.
+        probes = [
+            self._exponents(prev, channels, digit, len(rows), sink)
+            for digit in (torch.zeros_like(place), place // base, place % base)
+        ]
+        if any(probe is None for probe in probes):
             return None
-        index = torch.full_like(named, torch.nan)
-        index[alive] = channels[named[alive].long()].double()
-        filled = _fill_dead(index)
+        count, high, low = (probe for probe in probes if probe is not None)
+        if (count > 1).any() and not (count == 1).any() and len(channels) > len(count):
+            # Gate and up of a ReLU gate: the input follows either; take the later rows.
+            later = torch.zeros_like(rows)
+            later[channels[-len(count) :].to(rows.device)] = True
+            return self._index(prev, later, sink)
+        index = torch.full((len(count),), torch.nan, dtype=torch.float64)
+        named = ((high - 1) * base + low - 1)[count == 1].long()
+        if ((named < 0) | (named >= len(channels))).any():
+            return None
+        index[count == 1] = channels[named].double()
+        filled = _fill_unknown(index)
         if filled is None or filled.min() < 0 or filled.max() >= len(rows):
             return None
         return filled.long()
+
+    def _exponents(
+        self, prev: str, channels: Tensor, digit: Tensor, total: int, sink: str
+    ) -> Tensor | None:
+        """By how many levels each input channel moves when channels move by `digit` + 1.
+
+        NaN for input channels that are 0 for every token, None if any moves in another way.
+        """
+        factors = torch.ones(total, dtype=torch.float64)
+        factors[channels] = _PROBE_LEVELS ** (digit + 1).double()
+        x = self.first[sink].x.detach().flatten(0, -2).double()
+        moved = self._inputs([sink], {prev: factors.to(x.device)})[sink].double()
+        if moved.shape != x.shape:
+            return None
+        energy = x.square().sum(0)
+        ratio = (moved * x).sum(0) / energy.clamp(min=1e-300)
+        if relative_error(x * ratio, moved) > PROOF_TOLERANCE:
+            return None
+        exponent = ratio.clamp(min=1e-300).log() / torch.tensor(_PROBE_LEVELS).double().log()
+        exponent = torch.where(energy > 0, exponent, torch.nan).cpu()
+        return None if ((exponent - exponent.round()).abs() > 0.1).any() else exponent.round()
 
     def _rule(self, prev: str) -> str | None:
         """How the output of prev is divided, tried on its own call."""
@@ -342,14 +361,18 @@ class _Search:
         return {name: seen[name].flatten(0, -2) for name in names}
 
 
-def _fill_dead(index: Tensor) -> Tensor | None:
-    """Name the channels that were 0 for every token, when the others are in plain order."""
-    dead = index.isnan()
-    if not dead.any():
+def _fill_unknown(index: Tensor) -> Tensor | None:
+    """Name the channels that are not known, when the others are in plain order.
+
+    Not known are inputs that were 0 for every token, and those that follow two channels: a gate
+    that is linear for all tokens as well as what it gates.
+    """
+    unknown = index.isnan()
+    if not unknown.any():
         return index
-    if dead.all():
+    if unknown.all():
         return None
-    offset = (index - torch.arange(len(index)))[~dead]
+    offset = (index - torch.arange(len(index)))[~unknown]
     return torch.arange(len(index)) + offset[0] if (offset == offset[0]).all() else None
 
 
