@@ -138,12 +138,12 @@ OTHERS: dict[str, dict[str, Any]] = {
     "falcon_h1": {**_MAMBA, "mamba_d_ssm": 128},
     "flex_olmo": {},
     "flint": {},
-    "gemma3n_text": {
+    "gemma4_text": {
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "num_hidden_layers": 4,
         "num_kv_shared_layers": 2,
+        "global_head_dim": 32,
     },
-    "gemma4_text": {},
     "gemma4_unified_text": {},
     "glm4_moe": {},
     "glm4_moe_lite": _MLA,
@@ -208,6 +208,11 @@ OTHERS: dict[str, dict[str, Any]] = {
 REFUSED: dict[str, dict[str, Any]] = {
     "bart": {},
     "falcon_mamba": {"state_size": 16, "time_step_rank": 16},
+    "gemma3n_text": {
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+    },
     "glm_moe_dsa": _MLA,
     "hy_v4": {},
     "jamba": {

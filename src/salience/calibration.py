@@ -10,7 +10,7 @@ the float block before it, so nothing found in one block changes what another on
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,19 +144,30 @@ class _StopForwardError(Exception):
     """Unwinds the model's forward once the last block was reached."""
 
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
 @dataclass(frozen=True, slots=True)
 class BlockInputs:
     """What the model hands its blocks: hidden states, and each block's other arguments.
 
     Args:
         hidden: [samples, seqlen, hidden].
-        arguments: for each block, its (args, kwargs) after the hidden states, for a micro-batch.
+        arguments: for each block, its (args, kwargs) after the hidden states, for the first
+            micro-batch.
         batch: sequences in a micro-batch.
+        others: `arguments` for each micro-batch, where they depend on the text, or hold what one
+            block leaves there for another; empty when all are the same.
     """
 
     hidden: Tensor
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: list[Arguments]
     batch: int
+    others: list[list[Arguments]] = field(default_factory=list)
+
+    def of(self, block: int, part: int) -> Arguments:
+        """The arguments of a block for one micro-batch."""
+        return (self.others[part] if self.others else self.arguments)[block]
 
 
 def block_inputs(
@@ -172,7 +183,7 @@ def block_inputs(
         tokens: [samples, seqlen]; samples must be a multiple of `batch`.
 
     Raises:
-        SalienceError: arguments that depend on the text, which cannot be recorded once.
+        SalienceError: a model that hands more than hidden states from block to block.
     """
     # Blocks return hidden states, or a tuple with more in it, of which a stub knows nothing.
     for items in (1, 2, 3):
@@ -192,7 +203,7 @@ def _record(
     recorder = _Recorder(blocks)
     handles = [block.register_forward_pre_hook(recorder, with_kwargs=True) for block in blocks]
     hidden = []
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None
+    calls: list[list[Arguments]] = []
     try:
         for block in blocks:
             block.forward = partial(_pass_through, items)
@@ -202,16 +213,40 @@ def _record(
                 model(input_ids=part.to(device), use_cache=False)
             if len(recorder.calls) < len(blocks):
                 raise _refusal(model, f"runs {len(recorder.calls)} of its {len(blocks)} blocks")
+            if recorder.hidden.shape[:2] != part.shape:
+                raise _refusal(model, "hands its blocks more than one row of hidden states")
             hidden.append(recorder.hidden)
-            if arguments is None:
-                arguments = recorder.calls
-            elif not _same(arguments, recorder.calls):
-                raise _refusal(model, "passes its blocks arguments that depend on the text")
+            calls.append(
+                [
+                    (_once(args, new), {key: _once(kwargs.get(key), v) for key, v in named.items()})
+                    for (args, kwargs), (new, named) in zip(
+                        calls[0] if calls else recorder.calls, recorder.calls, strict=True
+                    )
+                ]
+            )
     finally:
         for block, handle in zip(blocks, handles, strict=True):
             handle.remove()
             vars(block).pop("forward", None)  # the class's own forward shows again
-    return BlockInputs(torch.cat(hidden), arguments or [], batch)
+    alike = all(_alike(a, b) for other in calls[1:] for a, b in zip(calls[0], other, strict=True))
+    return BlockInputs(torch.cat(hidden), calls[0], batch, [] if alike else calls)
+
+
+def _alike(a: Arguments, b: Arguments) -> bool:
+    named = a[1].keys() == b[1].keys() and all(_same(a[1][key], b[1][key]) for key in a[1])
+    return named and _same(a[0], b[0])
+
+
+def _once(first: Any, new: Any) -> Any:
+    """`new`, with the tensors of `first` where they are equal, so that each is held once.
+
+    Whatever else can be filled stays the very object: blocks may share it.
+    """
+    if isinstance(new, Tensor) and _same(first, new):
+        return first
+    if isinstance(new, list | tuple) and type(first) is type(new) and len(first) == len(new):
+        return type(new)(map(_once, first, new)) if type(new) in (list, tuple) else new
+    return new
 
 
 def _refusal(model: nn.Module, what: str) -> SalienceError:
@@ -266,7 +301,7 @@ class _Recorder:
 
     def __init__(self, blocks: nn.ModuleList) -> None:
         self._blocks = blocks
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.calls: list[Arguments] = []
         self.hidden = torch.empty(0)
 
     def start(self) -> None:
@@ -297,9 +332,10 @@ def _same(a: Any, b: Any) -> bool:
         return a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
+    if type(a) is type(b) is dict and a:
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return type(a) is type(b)
+    # Anything else that is not plain (an empty dict, a cache) is filled as the blocks run.
+    return a == b if isinstance(a, str | int | float | bool | None) else a is b
 
 
 def run_block(

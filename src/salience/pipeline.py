@@ -303,11 +303,11 @@ def _observe(
         names[0]: SecondMoment.empty(weight_of(found[names[0]]).shape[1], device)
         for names in groups
     }
-    for part in inputs.hidden.split(inputs.batch):
+    for number, part in enumerate(inputs.hidden.split(inputs.batch)):
         out = observe(
             block,
             list(of_group),
-            partial(run_block, block, part, inputs.arguments[index]),
+            partial(run_block, block, part, inputs.of(index, number)),
             lambda name, x: of_group[name].update(x),
         )
         part.copy_(out)
