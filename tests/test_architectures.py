@@ -14,7 +14,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config
 
 import salience
 from salience.calibration import Calibration, block_inputs, run_block
@@ -153,6 +153,31 @@ def test_stored_names_are_those_of_the_source(text_file: Path, tmp_path: Path) -
     for name, tensor in before.items():
         if ".experts." in name or ".block_sparse_moe.gate." in name:
             assert torch.equal(after[name], tensor.half()), name
+
+
+def test_decoder_of_a_model_that_sees(text_file: Path, tmp_path: Path) -> None:
+    """A vision tower larger than the decoder stays float, and the names are those of the Hub."""
+    vision = {
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    decoder = architecture("gemma3_text").to_dict()
+    model = make_model(
+        Gemma3Config(text_config=decoder, vision_config=vision, mm_tokens_per_image=4)
+    )
+    assert find_blocks(model)[0] == "model.language_model.layers"
+    assert set(kept(model).values()) == {"outside the blocks"}
+    assert any(".vision_tower." in name for name in kept(model))
+    source, out = save(model, tmp_path / "in"), tmp_path / "out"
+    text = Calibration(str(text_file), samples=2, seqlen=32)
+    salience.quantize(str(source), out, scheme="w4g16", calibration=text)
+    stored = load_file(out / "model.safetensors")
+    assert "language_model.model.layers.0.mlp.down_proj.qweight" in stored
+    assert error(logits(salience.load(out, kernel="reference")), logits(model)) < 0.5
 
 
 # The table.

@@ -186,7 +186,7 @@ class _Search:
         found = (self._index(prev, rows, sinks[0]) for rows in masks if rows.any())
         index = next((index for index in found if index is not None), None)
         if index is None:
-            return f"the channels of {prev} reach it mixed"
+            return f"it does not follow the channels of {prev} one by one, in proportion"
         rule = self._rule(prev)
         if rule is None:
             return f"{prev} is no norm that can be divided"
