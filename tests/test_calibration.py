@@ -19,7 +19,14 @@ from transformers import (
 )
 
 from salience import calibration as module
-from salience.calibration import Calibration, block_inputs, observe, read_text, run_block
+from salience.calibration import (
+    BlockInputs,
+    Calibration,
+    block_inputs,
+    observe,
+    read_text,
+    run_block,
+)
 from salience.errors import SalienceError
 from salience.structure import find_blocks
 from tiny_models import TEXT, VOCABULARY, error, llama_config, make_model, random_tokens
@@ -256,9 +263,79 @@ def test_arguments_that_depend_on_the_text() -> None:
 
     model = TextMask()
     same = torch.zeros(2, 4, dtype=torch.int64)
-    assert block_inputs(model, model.blocks, same, 1, CPU).hidden.shape == (2, 4, 8)
-    with pytest.raises(SalienceError, match="TextMask passes its blocks arguments that depend"):
-        block_inputs(model, model.blocks, random_tokens(2, 4), 1, CPU)
+    inputs = block_inputs(model, model.blocks, same, 1, CPU)
+    assert inputs.hidden.shape == (2, 4, 8) and inputs.others == []
+    tokens = random_tokens(2, 4)
+    inputs = block_inputs(model, model.blocks, tokens, 1, CPU)
+    for part in (0, 1):
+        (mask,), kwargs = inputs.of(0, part)
+        assert torch.equal(mask[0, :, 0], tokens[part].float()) and kwargs == {}
+
+
+class Handing(nn.Module):
+    """A model that is what it does with its two blocks."""
+
+    def __init__(self, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 8)
+        self.blocks = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+        self.function = function
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+        return self.function(self, self.embed(input_ids))
+
+
+def recorded(function: Callable[[Any, Tensor], Tensor]) -> BlockInputs:
+    model = Handing(function)
+    return block_inputs(model, model.blocks, random_tokens(4, 4), 2, CPU)
+
+
+@torch.no_grad()
+def test_blocks_that_return_tuples() -> None:
+    def unpack(model: Any, hidden: Tensor) -> Tensor:
+        for block in model.blocks:
+            hidden, _ = block(hidden)
+        return hidden
+
+    assert len(recorded(unpack).arguments) == 2
+
+    def hand_on(model: Any, hidden: Tensor) -> Tensor:
+        state = None
+        for block in model.blocks:
+            hidden, state = block(hidden, state)
+        return hidden
+
+    with pytest.raises(SalienceError, match="Linear is handed more than hidden states by the"):
+        recorded(hand_on)
+
+
+@torch.no_grad()
+def test_models_that_call_their_blocks_in_another_way() -> None:
+    def backwards(model: Any, hidden: Tensor) -> Tensor:
+        for block in reversed(model.blocks):
+            hidden = block(hidden)
+        return hidden
+
+    with pytest.raises(SalienceError, match="not called in the order of the list"):
+        recorded(backwards)
+    with pytest.raises(SalienceError, match="Handing runs 1 of its 2 blocks"):
+        recorded(lambda model, hidden: model.blocks[0](hidden))
+    with pytest.raises(SalienceError, match="more than one row of hidden states"):
+        recorded(lambda model, hidden: model.blocks[1](model.blocks[0](torch.stack([hidden] * 3))))
+
+
+@torch.no_grad()
+def test_state_that_blocks_share_is_one_for_each_micro_batch() -> None:
+    def shared(model: Any, hidden: Tensor) -> Tensor:
+        state: dict[str, Tensor] = {}
+        for block in model.blocks:
+            hidden = block(hidden, state=state)
+        return hidden
+
+    inputs = recorded(shared)
+    states = [[inputs.of(block, part)[1]["state"] for block in (0, 1)] for part in (0, 1)]
+    assert states[0][0] is states[0][1] and states[1][0] is states[1][1]
+    assert states[0][0] is not states[1][0]
 
 
 @torch.no_grad()

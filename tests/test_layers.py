@@ -24,6 +24,7 @@ LAYERS = {
     "salience.checkpoint": 10,
     "salience.writer": 11,
     "salience.journal": 12,
+    "salience.conversion": 15,
     "salience.source": 20,
     "salience.kernels._reference": 20,
     "salience.kernels._codebook": 20,
@@ -35,6 +36,9 @@ LAYERS = {
     "salience.formats.compressed_tensors": 20,
     "salience.formats": 21,
     "salience.linear": 30,
+    "salience.modules": 28,
+    "salience.folds": 29,
+    "salience.groups": 29,
     "salience.structure": 30,
     "salience.stats": 30,
     "salience.calibration": 30,
@@ -69,7 +73,12 @@ LAYERS = {
 
 # Who may import what is heavy or optional. A package named here is imported nowhere else.
 WRAPPERS = {
-    "transformers": {"salience.source", "salience.loading", "salience.chat.reply"},
+    "transformers": {
+        "salience.conversion",
+        "salience.source",
+        "salience.loading",
+        "salience.chat.reply",
+    },
     "accelerate": {"salience.source"},
     "huggingface_hub": {"salience.source"},
     "gguf": {"salience.checkpoint"},

@@ -18,11 +18,15 @@ from salience.structure import (
     apply_fold,
     discover_folds,
     find_blocks,
+    kept,
     linears,
     relative_error,
     restore,
+    search_folds,
     sink_groups,
     snapshot,
+    unchanged,
+    weight_of,
 )
 from tiny_models import random_tokens
 
@@ -126,13 +130,13 @@ def test_find_blocks(llama: Path) -> None:
     model = load(llama)
     name, blocks = find_blocks(model)
     assert name == "model.layers" and blocks is model.model.layers
-    experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+    experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
     nested = Toy({"small": experts, "norms": nn.ModuleList([nn.LayerNorm(999)])}, swiglu)
     assert find_blocks(nested) == ("small", experts)
     blocks = nn.ModuleList([nested, nn.Linear(9, 9)])
     assert find_blocks(Toy({"outer": blocks}, swiglu)) == ("outer", blocks)
     with pytest.raises(SalienceError, match="Sequential has no list of blocks"):
-        find_blocks(nn.Sequential(nn.Linear(4, 4)))
+        find_blocks(nn.Sequential(nn.Linear(8, 8)))
 
 
 def test_folds_of_llama(llama: Path) -> None:
@@ -221,15 +225,118 @@ def test_last_rows_of_fused_qkv(kv_heads: int) -> None:
     assert found["o"].channels == shared
 
 
-def test_interleaved_qkv_has_no_rows_to_divide() -> None:
-    """In GPT-NeoX's order the last rows are a head's q, k and v: dividing them is no fold."""
+def test_rows_of_interleaved_qkv() -> None:
+    """GPT-NeoX's order: q, k and v of one head after those of another."""
 
     def function(block: Any, x: Tensor) -> Tensor:
         parts = block.qkv(x).unflatten(-1, (HEADS, 3, HEAD)).unbind(-2)
         return x + block.o(attend(*(part.flatten(-2) for part in parts)))
 
     toy = Toy({"qkv": nn.Linear(WIDTH, 3 * WIDTH), "o": nn.Linear(WIDTH, WIDTH)}, function)
-    assert folds_of(toy) == {}
+    found = folds_of(toy)["o"]
+    assert (found.prev, found.rule) == ("qkv", "rows")
+    assert found.index.tolist() == [
+        3 * HEAD * head + 2 * HEAD + i for head in range(HEADS) for i in range(HEAD)
+    ]
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_rows_of_interleaved_groups(kv_heads: int) -> None:
+    """InternLM2's wqkv: for each key-value head its query heads, its k and its v."""
+    shared = HEADS // kv_heads
+
+    def function(block: Any, x: Tensor) -> Tensor:
+        parts = block.wqkv(block.norm(x)).unflatten(-1, (kv_heads, shared + 2, HEAD))
+        q, k, v = parts[..., :shared, :], parts[..., shared, :], parts[..., shared + 1, :]
+        return x + block.wo(attend(q.flatten(-3), k.flatten(-2), v.flatten(-2)))
+
+    rows = kv_heads * (shared + 2) * HEAD
+    parts = {
+        "norm": RmsNorm(),
+        "wqkv": nn.Linear(WIDTH, rows),
+        "wo": nn.Linear(WIDTH, WIDTH),
+    }
+    found = folds_of(Toy(parts, function))
+    assert set(found) == {"wqkv", "wo"}
+    assert (found["wo"].prev, found["wo"].channels) == ("wqkv", kv_heads * HEAD)
+    assert found["wo"].index.tolist() == [
+        ((head // shared) * (shared + 2) + shared + 1) * HEAD + i
+        for head in range(HEADS)
+        for i in range(HEAD)
+    ]
+
+
+def test_up_before_gate() -> None:
+    def function(block: Any, x: Tensor) -> Tensor:
+        up, gate = block.up_gate(block.norm(x)).unflatten(-1, (INNER, 2)).unbind(-1)
+        return x + block.down(F.silu(gate) * up)
+
+    parts = {
+        "norm": RmsNorm(),
+        "up_gate": nn.Linear(WIDTH, 2 * INNER),
+        "down": nn.Linear(INNER, WIDTH),
+    }
+    found = folds_of(Toy(parts, function))
+    assert found["down"].index.tolist() == list(range(0, 2 * INNER, 2))
+
+
+def test_transposed_weights() -> None:
+    """GPT-2 keeps its weights as [in, out]."""
+
+    class Conv1D(nn.Module):
+        def __init__(self, outputs: int, inputs: int) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(inputs, outputs) / inputs**0.5)
+            self.bias = nn.Parameter(torch.randn(outputs))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight + self.bias
+
+    def function(block: Any, x: Tensor) -> Tensor:
+        y = x + block.o(attend(*block.qkv(block.norm(x)).chunk(3, -1)))
+        return y + block.down(F.relu(block.up(y)))
+
+    parts = {
+        "norm": nn.LayerNorm(WIDTH),
+        "qkv": Conv1D(3 * WIDTH, WIDTH),
+        "o": Conv1D(WIDTH, WIDTH),
+        "up": Conv1D(INNER, WIDTH),
+        "down": Conv1D(WIDTH, INNER),
+    }
+    toy = Toy(parts, function)
+    assert weight_of(toy.up).shape == (INNER, WIDTH)
+    found = folds_of(toy)
+    assert {fold.prev: fold.sinks for fold in found.values()} == {
+        "norm": ("qkv",),
+        "qkv": ("o",),
+        "up": ("down",),
+    }
+    assert found["o"].index.tolist() == list(range(2 * WIDTH, 3 * WIDTH))
+
+
+def test_norm_of_each_head() -> None:
+    """A norm whose weight is shared by the heads has as many free scales as a head channels."""
+
+    class HeadNorm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(HEAD) + 0.5)
+
+        def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+            return F.rms_norm(x, (HEAD,)) * self.weight * F.silu(gate)
+
+    def function(block: Any, x: Tensor) -> Tensor:
+        heads = block.up(x).unflatten(-1, (-1, HEAD))
+        return x + block.down(block.norm(heads, heads.flip(-1)).flatten(-2))
+
+    parts = {
+        "up": nn.Linear(WIDTH, INNER),
+        "norm": HeadNorm(),
+        "down": nn.Linear(INNER, WIDTH),
+    }
+    found = folds_of(Toy(parts, function))
+    assert (found["down"].prev, found["down"].channels) == ("norm", HEAD)
+    assert found["down"].index.tolist() == list(range(HEAD)) * (INNER // HEAD)
 
 
 def test_parallel_attention() -> None:
@@ -249,42 +356,193 @@ def test_parallel_attention() -> None:
     }
 
 
-def test_consumer_that_is_no_linear_forbids_the_norm() -> None:
-    class Router(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(1, WIDTH))
+EXPERTS, CHOSEN = 8, 2
 
-        def forward(self, x: Tensor) -> Tensor:
-            return F.linear(x, self.weight)
+
+class Router(nn.Module):
+    """Weights and numbers of the chosen experts; as many modules as models have of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(EXPERTS, WIDTH))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.softmax(F.linear(x, self.weight), -1).topk(CHOSEN, dim=-1)
+
+
+class StackedExperts(nn.Module):
+    """Experts as stacked weights: [experts, out, in], or [experts, in, out] as in gpt-oss."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        shapes = (EXPERTS, 2 * INNER, WIDTH), (EXPERTS, WIDTH, INNER)
+        gate_up, down = (torch.randn(shape) / shape[-1] ** 0.5 for shape in shapes)
+        self.gate_up_proj = nn.Parameter(gate_up.mT.contiguous() if transposed else gate_up)
+        self.down_proj = nn.Parameter(down.mT.contiguous() if transposed else down)
+        self.act = nn.SiLU()
+
+    def forward(self, x: Tensor, odds: Tensor, chosen: Tensor) -> Tensor:
+        gate_up = self.gate_up_proj if self.transposed else self.gate_up_proj.mT
+        down = self.down_proj if self.transposed else self.down_proj.mT
+        gate, up = torch.einsum("th,ehi->tei", x, gate_up).chunk(2, -1)
+        y = torch.einsum("tei,eih->teh", self.act(gate) * up, down)
+        return (y.take_along_dim(chosen[..., None], 1) * odds[..., None]).sum(1)
+
+
+class ListedExperts(nn.ModuleList):
+    """Experts as a list of modules, each called with the tokens sent to it."""
+
+    def __init__(self) -> None:
+        super().__init__(gated_mlp(RmsNorm()) for _ in range(EXPERTS))
+        for expert in self:
+            del expert.norm
+            expert.function = lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x))
+
+    def forward(self, x: Tensor, odds: Tensor, chosen: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self):
+            token, slot = (chosen == number).nonzero(as_tuple=True)
+            if len(token):
+                out.index_add_(0, token, expert(x[token]) * odds[token, slot, None])
+        return out
+
+
+def mixture(router: nn.Module, experts: nn.Module) -> Toy:
+    """A norm that feeds a router, routed experts and a shared expert with a gate of its own."""
 
     def function(block: Any, x: Tensor) -> Tensor:
-        y = block.norm(x)
-        return x + torch.sigmoid(block.router(y)) * block.down(F.silu(block.gate(y)) * block.up(y))
+        y = block.norm(x).flatten(0, 1)
+        routed = block.router(y)
+        if isinstance(routed, Tensor):
+            routed = torch.softmax(routed, -1).topk(CHOSEN, dim=-1)
+        shared = block.down(F.silu(block.gate(y)) * block.up(y))
+        shared = torch.sigmoid(block.shared_gate(y)) * shared
+        return x + (block.experts(y, *routed) + shared).unflatten(0, x.shape[:2])
 
     toy = gated_mlp(RmsNorm())
-    toy.router, toy.function = Router(), function
+    toy.router, toy.experts, toy.function = router, experts, function
+    toy.shared_gate = nn.Linear(WIDTH, 1)
+    return toy
+
+
+@pytest.mark.parametrize("linear_router", [True, False])
+@pytest.mark.parametrize("kind", ["stacked", "transposed", "listed"])
+def test_routers_and_experts_are_scaled_but_not_coded(kind: str, linear_router: bool) -> None:
+    experts = ListedExperts() if kind == "listed" else StackedExperts(kind == "transposed")
+    router = nn.Linear(WIDTH, EXPERTS, bias=False) if linear_router else Router()
+    toy = mixture(router, experts)
+    assert set(linears(toy)) == {"gate", "up", "down"}
+    model = Toy({"layers": nn.ModuleList([toy])}, swiglu)
+    assert kept(model) == {
+        "layers.0.experts": "expert",
+        "layers.0.router": "router",
+        "layers.0.shared_gate": "narrow",
+    }
     found = folds_of(toy)
-    assert set(found) == {"down"}
+    assert set(found) == {"gate", "down"}
+    fold = found["gate"]
+    assert (fold.prev, fold.sinks) == ("norm", ("gate", "up"))
+    assert found["down"].others == ()
+    names = {
+        "listed": [f"experts.{i}.{part}.weight" for i in range(EXPERTS) for part in ("gate", "up")]
+    }
+    axis = 1 if kind in ("transposed", "listed") else 2
+    expected = {(name, axis) for name in names.get(kind, ["experts.gate_up_proj"])}
+    assert set(fold.others) == expected | {("router.weight", 1), ("shared_gate.weight", 1)}
 
 
-def test_linear_router_is_a_sink() -> None:
+@pytest.mark.parametrize("missing", ["router.weight", "shared_gate.weight", "experts.gate_up_proj"])
+def test_a_fold_that_misses_a_consumer_is_seen(missing: str) -> None:
+    toy = mixture(Router(), StackedExperts(transposed=False))
+    fold = folds_of(toy)["gate"]
+    x = sample()
+    scales = torch.linspace(0.5, 2, WIDTH)
+    with torch.no_grad():
+        expected = toy(x)
+        saved = snapshot(toy, fold.modules)
+        apply_fold(toy, fold, scales)
+        assert unchanged(toy, toy(x), expected)
+        restore(saved)
+        wrong = replace(fold, others=tuple(o for o in fold.others if o[0] != missing))
+        assert len(wrong.others) == 2
+        apply_fold(toy, wrong, scales)
+        assert not unchanged(toy, toy(x), expected)
+
+
+def test_experts_without_tokens_are_scaled_with_the_others() -> None:
+    router = Router()
+    with torch.no_grad():
+        router.weight[3:].fill_(0)
+        router.weight[0].copy_(-router.weight[1])  # one of both is always chosen
+    toy = mixture(router, ListedExperts())
+    scaled = {name for name, _ in folds_of(toy)["gate"].others}
+    assert {"experts.7.gate.weight", "experts.7.up.weight"} <= scaled
+
+
+def test_consumer_that_cannot_be_scaled_forbids_the_norm() -> None:
+    class Loudest(nn.Module):
+        """Something that depends on how its input channels compare with each other."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(WIDTH))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.abs() + self.weight.abs()).amax(-1, keepdim=True)
+
     def function(block: Any, x: Tensor) -> Tensor:
         y = block.norm(x)
-        odds = torch.softmax(block.router(y), -1)
-        experts = [expert[1](F.relu(expert[0](y))) for expert in block.experts]
-        return x + sum(odds[..., i, None] * out for i, out in enumerate(experts))
+        return x + block.loudest(y) * block.down(F.silu(block.gate(y)) * block.up(y))
 
-    experts = [nn.ModuleList([nn.Linear(WIDTH, INNER), nn.Linear(INNER, WIDTH)]) for _ in range(2)]
-    parts = {
-        "norm": RmsNorm(),
-        "router": nn.Linear(WIDTH, 2),
-        "experts": nn.ModuleList(experts),
-    }
-    found = folds_of(Toy(parts, function))
-    assert found["router"].prev == "norm"
-    assert set(found["router"].sinks) == {"router", "experts.0.0", "experts.1.0"}
-    assert found["experts.1.1"].prev == "experts.1.0"
+    toy = gated_mlp(RmsNorm())
+    toy.loudest, toy.function = Loudest(), function
+    assert set(folds_of(toy)) == {"down"}
+    with torch.no_grad():
+        groups = sink_groups(toy, lambda: toy(sample()))
+        _, reasons = search_folds(toy, lambda: toy(sample()), groups)
+    assert reasons == {"gate": "norm feeds loudest, too, whose inputs cannot be scaled"}
+
+
+def test_consumer_that_is_no_module_forbids_the_norm() -> None:
+    def function(block: Any, x: Tensor) -> Tensor:
+        y = block.norm(x)
+        return y + block.down(F.silu(block.gate(y)) * block.up(y))
+
+    toy = gated_mlp(RmsNorm())
+    toy.function = function
+    assert set(folds_of(toy)) == {"down"}
+    with torch.no_grad():
+        groups = sink_groups(toy, lambda: toy(sample()))
+        _, reasons = search_folds(toy, lambda: toy(sample()), groups)
+    assert reasons == {"gate": "norm feeds something else, too"}
+
+
+def test_ties_of_a_router() -> None:
+    """One token in a hundred may change where there is a router; nowhere else."""
+    plain, routed = gated_mlp(RmsNorm()), mixture(Router(), StackedExperts(False))
+    reference = torch.randn(200, WIDTH)
+    once, often = reference.clone(), reference.clone()
+    once[7] += 1
+    often[::20] += 1
+    assert unchanged(routed, once, reference) and not unchanged(plain, once, reference)
+    assert not unchanged(routed, often, reference)
+    assert not unchanged(routed, once * float("nan"), reference)
+
+
+def test_linear_with_a_forward_of_its_own() -> None:
+    class Plain(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight.T + (0 if self.bias is None else self.bias)
+
+    class Gate(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).sigmoid()
+
+    block = nn.ModuleDict({"a": Plain(8, 16), "b": Plain(8, 16, bias=False), "c": Gate(8, 16)})
+    assert set(linears(block)) == {"a", "b"}
+    model = Toy({"layers": nn.ModuleList([block])}, swiglu)
+    assert kept(model) == {"layers.0.c": "own forward"}
 
 
 @pytest.mark.parametrize("activation", [F.gelu, F.silu, torch.tanh, lambda x: x + 1])
@@ -346,8 +604,8 @@ def test_uncalled_linear() -> None:
         sink_groups(toy, lambda: toy(sample()))
 
 
-def test_same_shape_is_not_same_tensor() -> None:
-    """A gate that reads a copy of the norm's output is a group of its own."""
+def test_reader_of_a_copy() -> None:
+    """A gate that reads a copy of the norm's output is a group of its own, in the same fold."""
 
     def function(block: Any, x: Tensor) -> Tensor:
         y = block.norm(x)
@@ -356,8 +614,8 @@ def test_same_shape_is_not_same_tensor() -> None:
     toy = gated_mlp(RmsNorm())
     toy.function = function
     assert sink_groups(toy, lambda: toy(sample())) == [("gate",), ("up",), ("down",)]
-    # Neither may take the norm alone: the other reads it too.
-    assert set(folds_of(toy)) == {"down"}
+    found = folds_of(toy)
+    assert set(found) == {"gate", "down"} and found["gate"].sinks == ("gate", "up")
 
 
 def test_the_proof_catches_a_wrong_index() -> None:
@@ -376,3 +634,82 @@ def test_relative_error() -> None:
     assert relative_error(ones * 1.5, ones) == pytest.approx(0.5)
     assert relative_error(ones * float("nan"), ones) == float("inf")
     assert list(linears(gated_mlp(RmsNorm()))) == ["gate", "up", "down"]
+
+
+@pytest.mark.parametrize("gate_first", [True, False])
+def test_a_gate_that_is_linear(gate_first: bool) -> None:
+    """With a ReLU gate the input follows gate and up alike: one of them is divided, not both."""
+
+    def function(block: Any, x: Tensor) -> Tensor:
+        a, b = block.both(block.norm(x)).chunk(2, -1)
+        gate, up = (a, b) if gate_first else (b, a)
+        return x + block.down(F.relu(gate) * up)
+
+    parts = {
+        "norm": RmsNorm(),
+        "both": nn.Linear(WIDTH, 2 * INNER),
+        "down": nn.Linear(INNER, WIDTH),
+    }
+    found = folds_of(Toy(parts, function))
+    assert found["down"].index.tolist() == list(range(INNER, 2 * INNER))
+
+
+def test_a_gate_that_is_linear_in_some_channels() -> None:
+    def function(block: Any, x: Tensor) -> Tensor:
+        gate, up = block.both(block.norm(x)).chunk(2, -1)
+        return x + block.down(F.silu(gate) * up)
+
+    parts = {
+        "norm": RmsNorm(),
+        "both": nn.Linear(WIDTH, 2 * INNER),
+        "down": nn.Linear(INNER, WIDTH),
+    }
+    toy = Toy(parts, function)
+    with torch.no_grad():
+        toy.both.bias[[3, 11]] = 50.0  # silu(50) is 50
+        toy.both.bias[[5, 7]] = 8.0  # nearly linear
+    found = folds_of(toy)
+    assert found["down"].index.tolist() == list(range(INNER, 2 * INNER))
+
+
+def test_router_beside_a_shared_expert_of_as_many_outputs() -> None:
+    """Qwen3-Next has 512 experts and a shared expert of 512 channels."""
+    for router in (Router(), nn.Linear(WIDTH, EXPERTS, bias=False)):
+        mlp = nn.ModuleDict({"gate": router, "experts": StackedExperts(False)})
+        mlp["shared"] = nn.ModuleDict(
+            {"up": nn.Linear(WIDTH, EXPERTS), "down": nn.Linear(EXPERTS, WIDTH)}
+        )
+        block = nn.ModuleDict({"q": nn.Linear(WIDTH, EXPERTS), "mlp": mlp})
+        assert set(linears(block)) == {"q", "mlp.shared.up", "mlp.shared.down"}
+
+
+def test_router_of_several_layers_with_a_spare_output() -> None:
+    gate = nn.Sequential(nn.Linear(WIDTH, 16), nn.GELU(), nn.Linear(16, EXPERTS + 1))
+    block = nn.ModuleDict({"gate": gate, "experts": StackedExperts(False)})
+    assert linears(block) == {}
+    block = nn.ModuleDict({"q": nn.Linear(WIDTH, WIDTH), "mlp": block})
+    model = Toy({"layers": nn.ModuleList([block, block])}, swiglu)
+    assert set(kept(model).values()) == {"router", "expert"}
+    assert "layers.0.mlp.gate" in kept(model)
+
+
+def test_decoder_beside_other_lists() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vision = nn.ModuleList([nn.Linear(99, 99)])
+            self.text = nn.ModuleDict(
+                {
+                    "layers": nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 16)]),
+                    "mtp": nn.ModuleList([nn.Linear(16, 16)]),
+                }
+            )
+
+        def get_decoder(self) -> nn.Module:
+            return self.text
+
+    assert find_blocks(Model())[0] == "text.layers"
+    assert set(kept(Model()).items()) == {
+        ("vision.0", "outside the blocks"),
+        ("text.mtp.0", "outside the blocks"),
+    }

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from salience.checkpoint import read_json
+from salience.conversion import stored_tensors
 from salience.engine import to_half
 from salience.job import Job
 from salience.journal import Journal
@@ -46,9 +47,13 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
     coded = {f"{name}.weight" for name in job.outside}
     for name in sorted(job.weights.names()):
         if name in buffers:
-            writer.add(name, job.weights.tensor(name))
+            tensor = job.weights.tensor(name)
         elif name in parameters - coded and not name.startswith(f"{job.prefix}."):
-            writer.add(name, to_half(job.float_tensor(name), name))
+            tensor = to_half(job.float_tensor(name), name)
+        else:
+            continue
+        for stored, part in stored_tensors(job.skeleton, job.weights, name, tensor).items():
+            writer.add(stored, part)
     writer.write_json("config.json", _config(job))
     writer.write_json(REPORT_NAME, asdict(report))
     with disk_errors(journal.final):

@@ -20,13 +20,12 @@ from salience.report import LinearReport
 from salience.scheme import Scheme
 from salience.stats import SecondMoment, output_error
 from salience.structure import (
-    PROOF_TOLERANCE,
     Fold,
     Run,
     apply_fold,
-    relative_error,
     restore,
     snapshot,
+    unchanged,
     weight_of,
 )
 
@@ -124,11 +123,13 @@ def _solve_kind(
     found: list[list[FoldScale]] = [[] for _ in blocks]
     nothing: list[list[FoldScale]] = [[] for _ in blocks]
     for group in groups:
-        problems = _problems(blocks, group, schemes, nothing)
-        for problem in problems:
+        for problem in _problems(blocks, group, schemes, nothing):
             plain |= _plain(problem)
-        fold = next((fold for fold in folds if set(group) <= set(fold.sinks)), None)
-        if fold is not None and problems:
+    for fold in folds:
+        # More than one group where one source feeds several modules.
+        fed = [group for group in groups if set(group) <= set(fold.sinks)]
+        problems = [p for group in fed for p in _problems(blocks, group, schemes, nothing)]
+        if problems:
             for choices, choice in zip(found, method.scales(problems, fold), strict=True):
                 choices += [choice] if choice is not None else []
     kept = [_fold(block, choices, trust) for block, choices in zip(blocks, found, strict=True)]
@@ -213,7 +214,7 @@ def fold_scales(block: nn.Module, found: list[FoldScale], run: Run) -> list[Fold
     saved = snapshot(block, _touched(found))
     for choice in found:
         apply_fold(block, choice.fold, choice.scales)
-    if relative_error(run(), reference) <= PROOF_TOLERANCE:
+    if unchanged(block, run(), reference):
         return found
     # One of them is to blame: try each alone.
     restore(saved)
@@ -221,7 +222,7 @@ def fold_scales(block: nn.Module, found: list[FoldScale], run: Run) -> list[Fold
     for choice in found:
         saved = snapshot(block, _touched([choice]))
         apply_fold(block, choice.fold, choice.scales)
-        if relative_error(run(), reference) <= PROOF_TOLERANCE:
+        if unchanged(block, run(), reference):
             kept.append(choice)
         else:
             restore(saved)
@@ -229,7 +230,7 @@ def fold_scales(block: nn.Module, found: list[FoldScale], run: Run) -> list[Fold
 
 
 def _touched(choices: list[FoldScale]) -> list[str]:
-    return sorted({name for c in choices for name in (c.fold.prev, *c.fold.sinks)})
+    return sorted({name for c in choices for name in c.fold.modules})
 
 
 @dataclass(frozen=True, slots=True)

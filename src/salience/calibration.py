@@ -11,8 +11,8 @@ sum of floats in another order is another sum.
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,6 +151,29 @@ class _StopForwardError(Exception):
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
+@dataclass(frozen=True, slots=True)
+class BlockArguments:
+    """What the model hands its blocks beside hidden states.
+
+    Args:
+        first: for each block, in the first micro-batch.
+        others: the same for each micro-batch, where they depend on the text, or hold what one
+            block leaves there for another; empty when all are the same.
+    """
+
+    first: list[Arguments]
+    others: list[list[Arguments]] = field(default_factory=list)
+
+    def of(self, block: int, part: int) -> Arguments:
+        """The arguments of a block for one micro-batch."""
+        return (self.others[part] if self.others else self.first)[block]
+
+    @property
+    def stateful(self) -> bool:
+        """Whether blocks leave something there for later ones, so that none can be left out."""
+        return not all(_is_plain([*args, *named.values()]) for args, named in self.first)
+
+
 def record_inputs(
     model: nn.Module,
     blocks: nn.ModuleList,
@@ -158,7 +181,7 @@ def record_inputs(
     batch: int,
     device: torch.device,
     keep: Callable[[int, Tensor], None],
-) -> list[Arguments]:
+) -> BlockArguments:
     """Run what comes before the first block, and record how each block is called.
 
     Every block is replaced by a stub that notes its arguments and passes the hidden states on, so
@@ -170,45 +193,138 @@ def record_inputs(
         batch: sequences in a micro-batch.
         keep: called with the number of each micro-batch and its hidden states.
 
-    Returns:
-        The arguments of each block.
-
     Raises:
-        SalienceError: arguments that depend on the text, which cannot be recorded once.
+        SalienceError: a model that hands more than hidden states from block to block.
     """
-    recorder = _Recorder(len(blocks))
+    # Blocks return hidden states, or a tuple with more in it, of which a stub knows nothing.
+    for items in (1, 2, 3):
+        with suppress(_UnpackedError):
+            return _record(model, blocks, tokens, batch, device, keep, items)
+    raise _refusal(model, "takes more from its blocks than hidden states")
+
+
+def _record(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    tokens: Tensor,
+    batch: int,
+    device: torch.device,
+    keep: Callable[[int, Tensor], None],
+    items: int,
+) -> BlockArguments:
+    recorder = _Recorder(blocks)
     handles = [block.register_forward_pre_hook(recorder, with_kwargs=True) for block in blocks]
-    arguments: list[Arguments] | None = None
+    calls: list[list[Arguments]] = []
     try:
         for block in blocks:
-            block.forward = _pass_through
+            block.forward = partial(_pass_through, items)
         for number, part in enumerate(tokens.split(batch)):
             recorder.start()
-            with suppress(_StopForwardError):
+            with suppress(_StopForwardError), _unpacking():
                 model(input_ids=part.to(device), use_cache=False)
+            if len(recorder.calls) < len(blocks):
+                raise _refusal(model, f"runs {len(recorder.calls)} of its {len(blocks)} blocks")
+            if recorder.hidden.shape[:2] != part.shape:
+                raise _refusal(model, "hands its blocks more than one row of hidden states")
             keep(number, recorder.hidden)
-            if arguments is None:
-                arguments = recorder.calls
-            elif not _same(arguments, recorder.calls):
-                raise SalienceError(
-                    f"{type(model).__name__} passes its blocks arguments that depend on the text; "
-                    "this architecture is not supported"
-                )
+            calls.append(
+                [
+                    (_once(args, new), {key: _once(kwargs.get(key), v) for key, v in named.items()})
+                    for (args, kwargs), (new, named) in zip(
+                        calls[0] if calls else recorder.calls, recorder.calls, strict=True
+                    )
+                ]
+            )
     finally:
         for block, handle in zip(blocks, handles, strict=True):
             handle.remove()
             vars(block).pop("forward", None)  # the class's own forward shows again
-    return arguments or []
+    alike = all(_alike(a, b) for other in calls[1:] for a, b in zip(calls[0], other, strict=True))
+    return BlockArguments(calls[0], [] if alike else calls)
 
 
-def _pass_through(hidden_states: Tensor, *_args: object, **_kwargs: object) -> Tensor:
-    return hidden_states
+def _is_plain(value: Any) -> bool:
+    """Whether a value cannot be filled: a tensor, a number, a text, and what holds only such."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict and value:
+        return all(map(_is_plain, value.values()))
+    return value is None or isinstance(value, Tensor | str | int | float | torch.dtype)
+
+
+def _alike(a: Arguments, b: Arguments) -> bool:
+    named = a[1].keys() == b[1].keys() and all(_same(a[1][key], b[1][key]) for key in a[1])
+    return named and _same(a[0], b[0])
+
+
+def _once(first: Any, new: Any) -> Any:
+    """`new`, with the tensors of `first` where they are equal, so that each is held once.
+
+    Whatever else can be filled stays the very object: blocks may share it.
+    """
+    if isinstance(new, Tensor) and _same(first, new):
+        return first
+    if isinstance(new, list | tuple) and type(first) is type(new) and len(first) == len(new):
+        return type(new)(map(_once, first, new)) if type(new) in (list, tuple) else new
+    return new
+
+
+def _refusal(model: nn.Module, what: str) -> SalienceError:
+    return SalienceError(f"{type(model).__name__} {what}; this architecture is not supported")
+
+
+class _UnpackedError(Exception):
+    """The model takes a block's result apart into another number of items."""
+
+
+@contextmanager
+def _unpacking() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "values to unpack" not in str(error):
+            raise
+        raise _UnpackedError from None
+
+
+class _Stub(Tensor):
+    """A stub's hidden states: without this, a batch of two would be unpacked as two results."""
+
+    def __iter__(self) -> Any:
+        raise _UnpackedError
+
+
+class _Unknown:
+    """What a stub returns beside hidden states."""
+
+
+def _pass_through(items: int, hidden_states: Tensor, *_args: object, **_kwargs: object) -> Any:
+    return _returned(items, hidden_states)
+
+
+def _returned(items: int, hidden: Tensor) -> Any:
+    """What a block returns to a model that takes that many items of it."""
+    if items == 1:
+        return hidden.as_subclass(_Stub)
+    return (hidden, *(_Unknown() for _ in range(items - 1)))
+
+
+def _is_known(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_known, value))
+    if isinstance(value, dict):
+        return all(map(_is_known, value.values()))
+    return not isinstance(value, _Unknown)
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(Tensor) if isinstance(value, _Stub) else value
 
 
 class _Recorder:
     """A forward pre-hook that notes the arguments of each block and stops at the last."""
 
-    def __init__(self, blocks: int) -> None:
+    def __init__(self, blocks: nn.ModuleList) -> None:
         self._blocks = blocks
         self.calls: list[Arguments] = []
         self.hidden = torch.empty(0)
@@ -217,14 +333,19 @@ class _Recorder:
         self.calls = []
 
     def __call__(
-        self, _block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = dict(kwargs)
+        if block is not self._blocks[len(self.calls)]:
+            raise _refusal(block, "is not called in the order of the list of blocks")
+        args = tuple(map(_plain, args))
+        kwargs = {key: _plain(value) for key, value in kwargs.items()}
+        if not _is_known((args, kwargs)):
+            raise _refusal(block, "is handed more than hidden states by the block before it")
         hidden = args[0] if args else kwargs.pop("hidden_states")
         if not self.calls:
             self.hidden = hidden.detach()
         self.calls.append((args[1:], kwargs))
-        if len(self.calls) == self._blocks:
+        if len(self.calls) == len(self._blocks):
             raise _StopForwardError
         # Some models take the first item of what a block returns, which a stub's tensor is not made
         # for: hand on what the first block got, whatever became of it since.
@@ -236,9 +357,10 @@ def _same(a: Any, b: Any) -> bool:
         return a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
+    if type(a) is type(b) is dict and a:
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return type(a) is type(b)
+    # Anything else that is not plain (an empty dict, a cache) is filled as the blocks run.
+    return a == b if isinstance(a, str | int | float | bool | None) else a is b
 
 
 def run_block(block: nn.Module, hidden: Tensor, arguments: Arguments) -> Tensor:
@@ -269,7 +391,7 @@ def run_tail(
     seen: list[tuple[str, Tensor]] = []
 
     def note(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
-        seen.append((name, args[0]))
+        seen.append((name, _plain(args[0])))
         if module is head:
             raise _StopForwardError
 
@@ -279,14 +401,14 @@ def run_tail(
         if isinstance(module, nn.Linear) and id(module) not in inside
     ]
     try:
-        # Some models take the first item of what a block returns, some take all.
-        for output in (hidden, (hidden,)):
+        # What a model takes from its blocks differs; see `record_inputs`.
+        for items in (1, 2, 3):
             seen.clear()
             for block in blocks:
-                block.forward = partial(_return, output)
-            with suppress(_StopForwardError):
+                block.forward = partial(_return, _returned(items, hidden))
+            with suppress(_StopForwardError, _UnpackedError), _unpacking():
                 model(input_ids=tokens, use_cache=False)
-            if all(x.shape[:-1] == hidden.shape[:-1] for _, x in seen):
+            if seen and all(x.shape[:-1] == hidden.shape[:-1] for _, x in seen):
                 break
     finally:
         for handle in handles:

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from salience.block import LoadedBlock, SolvedBlock, Structure, solve
 from salience.calibration import (
-    Arguments,
+    BlockArguments,
     micro_batch,
     observe,
     record_inputs,
     run_block,
     run_tail,
 )
+from salience.conversion import stored_module, stored_tensors
 from salience.errors import DoesNotFitError, SalienceError
 from salience.hidden import HiddenStates
 from salience.job import Job
@@ -34,7 +35,7 @@ from salience.machine import fast_matmul, peak_rss_bytes
 from salience.report import BlockReport
 from salience.search import search_tensors
 from salience.stats import SecondMoment
-from salience.structure import Fold, discover_folds, linears, sink_groups
+from salience.structure import Fold, discover_folds, linears, sink_groups, weight_of
 
 PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
 WINDOW_BYTES = 2**29
@@ -75,7 +76,7 @@ def window(blocks: nn.ModuleList, device: torch.device) -> int:
 
 def _solved_bytes(block: nn.Module) -> int:
     """Weights and second moments of a block, in fp32."""
-    squares = sum(m.in_features**2 for m in linears(block).values())
+    squares = sum(weight_of(m).shape[1] ** 2 for m in linears(block).values())
     return 4 * (sum(p.numel() for p in block.parameters()) + squares)
 
 
@@ -84,7 +85,7 @@ class _Probe:
     """A few random tokens before the first block, and how each block is called on them."""
 
     hidden: Tensor
-    arguments: list[Arguments]
+    arguments: BlockArguments
 
 
 class _Engine:
@@ -96,7 +97,7 @@ class _Engine:
         self._on_disk = on_disk
         self._structures: dict[tuple[object, ...], Structure] = {}
         self._hidden: HiddenStates | None = None
-        self._arguments: list[Arguments] = []
+        self._arguments = BlockArguments([])
         self._probe: _Probe | None = None
 
     def run(self, rehearse: bool) -> None:
@@ -138,11 +139,11 @@ class _Engine:
             batch = micro_batch(samples, seqlen, job.device)
             shape = (samples, seqlen, parts[0].shape[-1])
             hidden = HiddenStates(self._journal, shape, batch, job.device, self._on_disk)
-            saved = self._journal.latest_hidden(first)
-            tokens = self._tokens if saved is None else self._tokens[:batch]
+            # Blocks that leave something for later ones must all run again.
+            saved = None if arguments.stateful else self._journal.latest_hidden(first)
             keep = hidden.first if saved is None else _drop
             self._arguments = record_inputs(
-                job.skeleton, job.blocks, tokens, batch, job.device, keep
+                job.skeleton, job.blocks, self._tokens, batch, job.device, keep
             )
             if saved is not None:
                 hidden.load(saved)
@@ -182,15 +183,11 @@ class _Engine:
             structure = self._structure(block, index)
         probe = self._probe
         if self._hidden is None:
-            run = partial(run_block, block, probe.hidden, probe.arguments[index])
+            run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
             return LoadedBlock(name, block, structure, {}, run)
         # The hidden states are about to become this block's outputs.
         first = self._hidden.get(0).clone() if structure.folds else probe.hidden
-        found = linears(block)
-        moments = {
-            group[0]: SecondMoment.empty(found[group[0]].in_features, job.device)
-            for group in structure.groups
-        }
+        moments = self._moments(block, structure)
         with job.phase("statistics"):
             self._forward(block, index, moments)
             for local, moment in moments.items():
@@ -199,8 +196,17 @@ class _Engine:
                         f"inputs of {name}.{local} are not finite on the calibration text; "
                         "the model overflows"
                     )
-        run = partial(run_block, block, first, self._arguments[index])
+        run = partial(run_block, block, first, self._arguments.of(index, 0))
         return LoadedBlock(name, block, structure, moments, run)
+
+    def _moments(self, block: nn.Module, structure: Structure) -> dict[str, SecondMoment]:
+        """An empty moment for each group, by its first linear."""
+        return {
+            names[0]: SecondMoment.empty(
+                weight_of(block.get_submodule(names[0])).shape[1], self._job.device
+            )
+            for names in structure.groups
+        }
 
     def _forward(self, block: nn.Module, index: int, moments: dict[str, SecondMoment]) -> None:
         """Move the hidden states past a block, adding to the moments of its linears' inputs."""
@@ -209,7 +215,7 @@ class _Engine:
             return
         with fast_matmul():
             for part in range(hidden.parts):
-                run = partial(run_block, block, hidden.get(part), self._arguments[index])
+                run = partial(run_block, block, hidden.get(part), self._arguments.of(index, part))
                 hidden.put(part, observe(block, list(moments), run, _adder(moments)))
         hidden.advance()
 
@@ -239,7 +245,7 @@ class _Engine:
         probe = self._probe
         if probe is None:
             return self._plain_structure(block)
-        run = partial(run_block, block, probe.hidden, probe.arguments[index])
+        run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
         groups = sink_groups(block, run)
         folds = discover_folds(block, run, groups) if self._job.method.folds else []
         return Structure(groups, folds)
@@ -254,12 +260,9 @@ class _Engine:
             rehearsed = LoadedBlock(job.block_name(index), block, self._plain_structure(block), {})
             if self._probe is not None and self._hidden is not None:
                 structure = self._structure(block, index)
-                moments = {
-                    group[0]: SecondMoment.empty(linears(block)[group[0]].in_features, job.device)
-                    for group in structure.groups
-                }
+                moments = self._moments(block, structure)
                 part = self._hidden.get(0).clone()
-                run = partial(run_block, block, part, self._arguments[index])
+                run = partial(run_block, block, part, self._arguments.of(index, 0))
                 with fast_matmul():
                     observe(block, list(moments), run, _adder(moments))
                 rehearsed = LoadedBlock(job.block_name(index), block, structure, moments, run)
@@ -269,13 +272,15 @@ class _Engine:
         job = self._job
         tensors: dict[str, Tensor] = {}
         for local, coded in solved.linears.items():
+            module = stored_module(job.skeleton, job.weights, block.full(local))
             for part, tensor in job.fmt.write(coded.qtensor).items():
-                tensors[f"{block.name}.{local}.{part}"] = tensor
+                tensors[f"{module}.{part}"] = tensor
         quantized = {f"{local}.weight" for local in solved.linears}
         for local, parameter in block.module.named_parameters():
             if local not in quantized:
-                name = f"{block.name}.{local}"
-                tensors[name] = to_half(parameter, name)
+                name = block.full(local)
+                half = to_half(parameter, name)
+                tensors |= stored_tensors(job.skeleton, job.weights, name, half)
         reports = [coded.report for coded in solved.linears.values()]
         count = max(len(reports), 1)
         report = BlockReport(
@@ -312,7 +317,7 @@ class _Engine:
         hidden = self._hidden
         if hidden is not None and self._tokens is not None:
             moments = {
-                name: SecondMoment.empty(job.skeleton.get_submodule(name).in_features, job.device)
+                name: SecondMoment.empty(job.weight_shape(name)[1], job.device)
                 for name in job.outside
             }
             tokens = self._tokens[: len(hidden.get(0))].to(job.device)
@@ -340,12 +345,11 @@ class _Outside(nn.Module):
                 if not hasattr(owner, step):
                     owner.add_module(step, nn.Module())
                 owner = owner.get_submodule(step)
-            original = job.skeleton.get_submodule(name)
-            linear = nn.Linear(
-                original.in_features, original.out_features, bias=False, device="meta"
-            )
+            rows, columns = job.weight_shape(name)
+            linear = nn.Linear(columns, rows, bias=False, device="meta")
             # A head that is tied to the embeddings has their tensor.
-            set_tensor(linear, "weight", job.float_tensor(stored[id(original.weight)]))
+            weight = job.skeleton.get_submodule(name).weight
+            set_tensor(linear, "weight", job.float_tensor(stored[id(weight)]))
             owner.add_module(leaf, linear)
 
 

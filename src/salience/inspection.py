@@ -6,7 +6,7 @@ from torch import nn
 
 from salience.formats import detect_format, stored_config
 from salience.source import Source
-from salience.structure import linears
+from salience.structure import linears, weight_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,16 +53,18 @@ def inspect(source: Source) -> Inspection:
     if config is None:
         return _dense(source, model, total)
     fmt = detect_format(config)
+    stored = source.weights(model)
     modules, kept, bits, count = [], [], 0, 0
     for name, linear in linears(model).items():
+        rows, columns = weight_of(linear).shape
         parts = [f"{name}.{part}" for part in fmt.tensors if f"{name}.{part}" in stored.names()]
         if f"{name}.{fmt.marker}" not in parts:
             kept.append(name)
             continue
         scheme = str(fmt.scheme(config, name))
-        modules.append(Module(name, linear.in_features, linear.out_features, scheme))
+        modules.append(Module(name, columns, rows, scheme))
         bits += 8 * sum(stored.nbytes(part) for part in parts)
-        count += linear.weight.numel()
+        count += rows * columns
     schemes = {module.scheme for module in modules}
     only = schemes.pop() if len(schemes) == 1 else None
     return Inspection(fmt.name, only, bits / max(count, 1), total, modules, kept)
@@ -74,8 +76,9 @@ def _dense(source: Source, model: nn.Module, total: int) -> Inspection:
     for name, linear in linears(model).items():
         if f"{name}.weight" not in weights.names():
             continue  # tied to the embeddings
-        modules.append(Module(name, linear.in_features, linear.out_features, "float"))
+        rows, columns = weight_of(linear).shape
+        modules.append(Module(name, columns, rows, "float"))
         bits += 8 * weights.nbytes(f"{name}.weight")
-        count += linear.weight.numel()
+        count += rows * columns
     kind = "gguf" if source.is_gguf else "dense"
     return Inspection(kind, None, bits / max(count, 1), total, modules, [])

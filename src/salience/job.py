@@ -20,7 +20,7 @@ from salience.report import versions
 from salience.scheme import Scheme
 from salience.search import Search
 from salience.source import Source
-from salience.structure import linears
+from salience.structure import kept, linears, weight_of
 
 Progress = Callable[[str, int, int], None]
 
@@ -74,8 +74,16 @@ class Job:
 
     @property
     def kept(self) -> list[str]:
-        """Linears that stay float."""
-        return [name for name in linears(self.skeleton) if name not in self.schemes]
+        """What stays float beside norms and embeddings: linears, routers, experts, convolutions."""
+        left = [name for name in linears(self.skeleton) if name not in self.schemes]
+        return list(
+            dict.fromkeys([*left, *(n for n in kept(self.skeleton) if n not in self.schemes)])
+        )
+
+    def weight_shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of a linear."""
+        rows, columns = weight_of(self.skeleton.get_submodule(name)).shape
+        return rows, columns
 
     @property
     def outside(self) -> list[str]:

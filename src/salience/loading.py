@@ -18,8 +18,8 @@ from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
 from salience.formats.base import Format
 from salience.linear import QuantLinear
+from salience.modules import bias_of, linears, weight_of
 from salience.source import Source, open_source
-from salience.structure import linears
 
 
 def load(
@@ -57,12 +57,16 @@ def load_source(
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" else _config_dtype(source)
     model = source.skeleton(dtype)
-    stored = source.stored
-    config = stored_config(source.config)
-    packed = _fill_quantized(model, stored, config, place, kernel) if config else set()
     weights = source.weights(model)
+    config = stored_config(source.config)
+    packed = _fill_quantized(model, weights, config, place, kernel) if config else set()
+    tied: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied.setdefault(id(parameter), []).append(name)
     for name, parameter in list(model.named_parameters()):
-        set_tensor(model, name, read_tensor(weights, name, parameter).to(place, dtype))
+        value = read_tensor(weights, name, parameter).to(place, dtype)
+        for other in tied[id(parameter)]:
+            set_tensor(model, other, value)
     for name, buffer in model.named_buffers():
         if name in weights.names() and name not in packed:
             buffer.copy_(read_tensor(weights, name, buffer))
@@ -130,10 +134,10 @@ def _fill_quantized(
             for key, full in tensors.items()
             if full in stored.names()
         }
-        qt = _read(fmt, config, name, local, (linear.out_features, linear.in_features), stored)
+        qt = _read(fmt, config, name, local, weight_of(linear).shape, stored)
         bias = None
-        if linear.bias is not None:
-            bias = read_tensor(stored, f"{name}.bias", linear.bias).to(device)
+        if (like := bias_of(linear)) is not None:
+            bias = read_tensor(stored, f"{name}.bias", like).to(device)
         model.set_submodule(name, QuantLinear(qt, bias, kernel))
         used.update(tensors.values(), [f"{name}.bias"])
     endings = tuple(f".{local}" for local in own)
@@ -148,7 +152,7 @@ def _read(
     config: Mapping[str, Any],
     name: str,
     tensors: Mapping[str, Tensor],
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     stored: Checkpoint,
 ) -> Any:
     try:

@@ -30,7 +30,7 @@ from salience.methods import Method, Problem
 from salience.methods.awq import TILE_CANDIDATES
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
-from salience.structure import Fold, find_blocks, linears
+from salience.structure import Fold, find_blocks, linears, weight_of
 from salience.writer import SHARD_BYTES
 
 _FLOAT_BYTES = 2  # what is not quantized is written in fp16
@@ -182,20 +182,13 @@ def choose_budget(
 
 
 def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
-    """Refuse a source that is quantized already, has experts, or lacks a tensor of `model`.
+    """Refuse a source that is quantized already or lacks a tensor of `model`.
 
     Raises:
         SalienceError: naming the tensor.
     """
     if getattr(source.config, "quantization_config", None):
         raise SalienceError(f"{source.name} is quantized already; start from the float model")
-    prefix, blocks = find_blocks(model)
-    for name, parameter in blocks.named_parameters():
-        if parameter.ndim > 2:
-            raise SalienceError(
-                f"{prefix}.{name} is {list(parameter.shape)}: blocks with experts or convolutions "
-                "(mixture-of-experts, hybrids) are not supported"
-            )
     missing = {name for name, _ in model.named_parameters()} - weights.names()
     if missing:
         raise SalienceError(f"tensor {min(missing)} is missing from {weights.path}")
@@ -223,7 +216,12 @@ def check_schemes(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) 
 def _shapes(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple[int, int]]:
     """(out, in) of each linear to quantize."""
     found = linears(model)
-    return {name: (found[name].out_features, found[name].in_features) for name in schemes}
+    return {name: _shape(found[name]) for name in schemes}
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    rows, columns = weight_of(linear).shape
+    return rows, columns
 
 
 def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme]) -> float:
@@ -284,16 +282,16 @@ def _groups(block: nn.Module) -> list[tuple[int, int]]:
     """
     beside: dict[tuple[str, int], list[int]] = {}
     for name, linear in linears(block).items():
-        key = (name.rpartition(".")[0], linear.in_features)
-        beside.setdefault(key, []).append(linear.out_features)
+        rows, columns = _shape(linear)
+        beside.setdefault((name.rpartition(".")[0], columns), []).append(rows)
     groups = []
-    for (_, columns), rows in beside.items():
-        if len(rows) == 2 and rows[0] == rows[1]:
-            groups.append((sum(rows), columns))
-        elif len(rows) > 2:
-            groups += [(sum(rows[:-1]), columns), (rows[-1], columns)]
+    for (_, columns), counts in beside.items():
+        if len(counts) == 2 and counts[0] == counts[1]:
+            groups.append((sum(counts), columns))
+        elif len(counts) > 2:
+            groups += [(sum(counts[:-1]), columns), (counts[-1], columns)]
         else:
-            groups += [(each, columns) for each in rows]
+            groups += [(each, columns) for each in counts]
     return groups
 
 
@@ -309,8 +307,8 @@ def _solve_floats(rows: int, columns: int, device: torch.device, method: Method)
 def _live_floats(block: nn.Module) -> int:
     """Floats a token takes while a block runs: its residual stream and its widest part."""
     found = linears(block).values()
-    widest = max(max(m.in_features, m.out_features) for m in found)
-    narrowest = min(max(m.in_features, m.out_features) for m in found)
+    widest = max(max(_shape(m)) for m in found)
+    narrowest = min(max(_shape(m)) for m in found)
     return 4 * narrowest + 5 * widest
 
 
@@ -363,7 +361,7 @@ def _seconds(
     seconds = {"read": source_bytes / _READ_BYTES_PER_SECOND}
     if calibration is not None:
         tokens = calibration.samples * calibration.seqlen
-        weights = sum(m.weight.numel() for m in linears(blocks).values())
+        weights = sum(weight_of(m).numel() for m in linears(blocks).values())
         squares = sum(columns**2 for block in blocks for _, columns in _groups(block))
         with fast_matmul():
             fast = matmul_flops(device)

@@ -23,6 +23,7 @@ from salience.checkpoint import (
     SafetensorsCheckpoint,
     read_json,
 )
+from salience.conversion import ModelWeights
 from salience.errors import SalienceError
 
 PACKAGED = {
@@ -100,17 +101,13 @@ class Source:
         return model.eval()
 
     def weights(self, model: nn.Module) -> Checkpoint:
-        """The tensors under the names of `model`, a skeleton of this source."""
+        """The tensors under the names of `model`, a skeleton of this source with no packed linear.
+
+        Each is read, and where Transformers stacks or splits it made, when it is asked for.
+        """
         if self.is_gguf:
             return self._gguf_weights(model)
-        stored = self.stored.names()
-        prefix = str(getattr(model, "base_model_prefix", "")) + "."
-        names = {}
-        for name in model.state_dict():
-            # Checkpoints saved from the bare decoder lack its prefix.
-            bare = name.removeprefix(prefix)
-            names[name] = name if name in stored or bare not in stored else bare
-        return RenamedCheckpoint(self.stored, names)
+        return ModelWeights(self.stored, model)
 
     def _gguf_weights(self, model: nn.Module) -> Checkpoint:
         from transformers import modeling_gguf_pytorch_utils as gguf_utils

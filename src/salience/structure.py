@@ -1,109 +1,91 @@
 """The parts of a decoder that quantization cares about, found by experiment and not by name.
 
-Blocks. A decoder is a list of blocks; it is the largest `nn.ModuleList` of the model.
-
 Sink groups. Linears that receive the very same tensor (q, k, v; gate, up) share an input scale.
 
 Folds. A scale s on the input channels of a sink group changes nothing when the module that makes
 those channels is divided by s:  W x = (W s)(x / s). Which module that is, and which of its
-channels feeds which input channel, is found by a probe: multiply the channels of a candidate by
-known factors and watch the sink's input. If every input channel moved by one factor, constant over
-all tokens, the factor says which channel feeds it; norms, rows of a linear, the last rows of a
-fused projection and the repeated heads of grouped-query attention all come out of this one rule. A
-candidate in front of a softmax, an activation or a mix of channels fails it. What passes is then
-proved: with random scales folded in, the output of the block must not change.
+channels feeds which input channel, is found in three steps.
+
+1. Gradients. Multiply the channels r of every earlier module by factors g_r and differentiate the
+   sink's input x_c(t) at g = 1. A channel that x follows in proportion (rows of v, up; a norm) has
+
+       dx_c(t) / dg_r = x_c(t)  or  0,     the same for all tokens t,
+
+   one that feeds a softmax, an activation or a norm has not. With weights over the tokens that are
+   orthogonal to x_c(t)^2 the first kind sums to 0 and the second does not; with weights
+   x_c(t) / |x_c|^2 the first kind sums to how many input channels it feeds. Two backward passes a
+   sink group tell all rows of all earlier modules apart, in whatever order a fused projection
+   keeps them.
+2. Index. Those channels are multiplied by known factors; how much each input channel moves names
+   the channel that feeds it. Repeated heads (grouped-query attention) come out by themselves.
+3. Consumers and proof. Everything else that reads the divided channels (a router, stacked experts,
+   a linear that stays float) is multiplied too, or there is no fold. Then, with random scales
+   folded in, the output of the block must not change. The scales are powers of two: they round
+   nothing, so a router meets the very same numbers and chooses the same experts.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import itertools
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from salience.errors import SalienceError
+from salience.folds import (
+    PROOF_TOLERANCE,
+    Fold,
+    apply_fold,
+    channels_of,
+    divide,
+    multiply,
+    relative_error,
+    restore,
+    restored,
+    snapshot,
+    unchanged,
+)
+from salience.groups import Run, calls_of, sink_groups
+from salience.modules import (
+    expert_lists,
+    find_blocks,
+    is_linear,
+    kept,
+    linears,
+    weight_of,
+)
 
-# True folds stay under 2e-6 in fp32, false ones are above 2e-2: the gap is four orders wide.
-PROOF_TOLERANCE = 1e-4
+__all__ = [
+    "PROOF_TOLERANCE",
+    "Fold",
+    "Run",
+    "apply_fold",
+    "discover_folds",
+    "find_blocks",
+    "kept",
+    "linears",
+    "relative_error",
+    "restore",
+    "search_folds",
+    "sink_groups",
+    "snapshot",
+    "unchanged",
+    "weight_of",
+]
+
 _PROBE_LEVELS = 1.01  # ratio of neighbouring probe factors
-
-Run = Callable[[], Tensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Fold:
-    """prev / s and sinks * s together change nothing.
-
-    Args:
-        prev: module of the block whose output channels are divided.
-        sinks: linears of the block whose input channels are multiplied.
-        rule: how prev is divided: "norm" (weight), "1+w norm" (1 + weight) or "rows" (of a linear).
-        index: channel of prev that feeds each input channel, int64 [in].
-        error: relative change of the block's output in the proof.
-    """
-
-    prev: str
-    sinks: tuple[str, ...]
-    rule: str
-    index: Tensor
-    error: float
-
-    @property
-    def channels(self) -> int:
-        """How many scales are free: input channels fed by one channel of prev share one."""
-        return int(self.index.unique().numel())
-
-
-def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The name and the list of the decoder's blocks.
-
-    Raises:
-        SalienceError: the model has no list of blocks with linears.
-    """
-    best: tuple[int, str, nn.ModuleList] | None = None
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.ModuleList) or not linears(module):
-            continue
-        size = sum(p.numel() for p in module.parameters())
-        if best is None or size > best[0]:
-            best = (size, name, module)
-    if best is None:
-        raise SalienceError(f"{type(model).__name__} has no list of blocks with linear layers")
-    return best[1], best[2]
-
-
-def linears(module: nn.Module) -> dict[str, nn.Linear]:
-    """All linears below `module`, by name."""
-    return {n: m for n, m in module.named_modules() if isinstance(m, nn.Linear)}
-
-
-def weight_of(linear: nn.Module) -> Tensor:
-    """The weight of a linear as [out, in]: a view, so that writing to it writes to the linear."""
-    return linear.get_parameter("weight").detach()
-
-
-def sink_groups(block: nn.Module, run: Run) -> list[tuple[str, ...]]:
-    """Linears of `block` that received the same tensor, in the order they were called.
-
-    Raises:
-        SalienceError: a linear that was not called, so nothing is known of its input.
-    """
-    order = _call_order(block, run)
-    groups: dict[tuple[object, ...], list[str]] = {}
-    found = linears(block)
-    for name, x in order:
-        if name in found:
-            key = (x.data_ptr(), tuple(x.shape), x.stride())
-            groups.setdefault(key, []).append(name)
-    missing = set(found) - {name for group in groups.values() for name in group}
-    if missing:
-        raise SalienceError(f"linear {min(missing)} was not reached by the calibration text")
-    return [tuple(dict.fromkeys(group)) for group in groups.values()]
+_GRADIENT_TOLERANCES = (1e-4, 1e-2)  # of sums that are whole for channels that x follows
 
 
 def discover_folds(
     block: nn.Module, run: Run, groups: list[tuple[str, ...]], seed: int = 0
 ) -> list[Fold]:
+    """The folds of a block with real fp32 weights, each proved; see `search_folds`."""
+    return search_folds(block, run, groups, seed)[0]
+
+
+def search_folds(
+    block: nn.Module, run: Run, groups: list[tuple[str, ...]], seed: int = 0
+) -> tuple[list[Fold], dict[str, str]]:
     """The folds of a block with real fp32 weights, each proved.
 
     Args:
@@ -111,186 +93,304 @@ def discover_folds(
         run: runs the block on sample inputs and returns its output [..., hidden].
         groups: the result of `sink_groups`.
         seed: of the probe and proof scales.
+
+    Returns:
+        The folds, and for each group without one its first linear and the reason.
     """
-    names = [name for name, _ in _call_order(block, run)]
-    folds = []
+    search = _Search(block, run, seed)
+    followed = search.gradients([sinks[0] for sinks in groups])
+    folds: list[Fold] = []
+    reasons: dict[str, str] = {}
     for sinks in groups:
-        earlier = names[: names.index(sinks[0])]
-        for prev in reversed(list(dict.fromkeys(earlier))):
-            fold = _try_fold(block, run, prev, sinks, seed)
-            if fold is not None:
-                folds.append(fold)
-                break
-    return folds
-
-
-def apply_fold(block: nn.Module, fold: Fold, scales: Tensor) -> None:
-    """Divide prev and multiply the sinks by `scales` [in], in place."""
-    prev = block.get_submodule(fold.prev)
-    divisor = scales.new_ones(_channels(prev))
-    divisor[fold.index.to(scales.device)] = scales
-    with torch.no_grad():
-        _divide(prev, fold.rule, divisor)
-        for name in fold.sinks:
-            block.get_submodule(name).get_parameter("weight").mul_(scales)
-
-
-def snapshot(block: nn.Module, names: Iterable[str]) -> list[tuple[nn.Parameter, Tensor]]:
-    """Copies of the parameters of these modules, for `restore`."""
-    return [
-        (parameter, parameter.detach().clone())
-        for name in names
-        for parameter in block.get_submodule(name).parameters(recurse=False)
-    ]
-
-
-def restore(saved: list[tuple[nn.Parameter, Tensor]]) -> None:
-    """Put parameters back as they were at the `snapshot`."""
-    with torch.no_grad():
-        for parameter, value in saved:
-            parameter.copy_(value)
-
-
-@contextmanager
-def _restored(block: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    saved = snapshot(block, names)
-    try:
-        yield
-    finally:
-        restore(saved)
-
-
-def relative_error(value: Tensor, reference: Tensor) -> float:
-    """|value - reference| / |reference| in the Frobenius norm; infinite when not finite."""
-    error = ((value - reference).norm() / reference.norm().clamp(min=1e-30)).item()
-    return error if error == error else float("inf")
-
-
-def _try_fold(
-    block: nn.Module, run: Run, prev: str, sinks: tuple[str, ...], seed: int
-) -> Fold | None:
-    module = block.get_submodule(prev)
-    width = block.get_submodule(sinks[0]).get_parameter("weight").shape[1]
-    for rule, first in _candidates(module, width):
-        index = _probe(block, run, prev, rule, first, sinks[0])
-        if index is None:
+        if any(sinks[0] in fold.sinks for fold in folds):
             continue
-        fold = Fold(prev, sinks, rule, index, 0.0)
-        error = _prove(block, run, fold, seed)
+        why = "no norm or linear of the block feeds it"
+        for prev, away in followed[sinks[0]]:
+            fold = search.fold(prev, away, sinks)
+            if isinstance(fold, Fold):
+                folds.append(_whole_groups(fold, groups))
+                break
+            # The nearest module says most.
+            why = fold if why.startswith("no norm") else why
+        else:
+            reasons[sinks[0]] = why
+    return folds, reasons
+
+
+def _whole_groups(fold: Fold, groups: list[tuple[str, ...]]) -> Fold:
+    """Sinks in the order of their groups."""
+    order = [name for group in groups for name in group]
+    first = [name for name in fold.sinks if name in order]
+    return replace(fold, sinks=tuple(sorted(first, key=order.index)))
+
+
+class _Search:
+    """The experiments on one block."""
+
+    def __init__(self, block: nn.Module, run: Run, seed: int) -> None:
+        self.block = block
+        self.run = run
+        self.generator = torch.Generator().manual_seed(seed)
+        self.calls = calls_of(block, run)
+        self.first = {call.name: call for call in reversed(self.calls)}
+        self.output = run()
+        self.experts = expert_lists(block)
+
+    def gradients(self, sinks: list[str]) -> dict[str, list[tuple[str, Tensor]]]:
+        """For each sink the modules that feed it, nearest first.
+
+        With each, for its channels, how far the sink is from following them in proportion.
+        """
+        order = list(dict.fromkeys(call.name for call in reversed(self.calls)))
+        factors = {
+            name: torch.ones(count, device=self.output.device, requires_grad=True)
+            for name in order
+            if (count := channels_of(self.block.get_submodule(name)))
+        }
+        with torch.enable_grad():
+            inputs = self._inputs(sinks, factors)
+            return {sink: self._followed(inputs[sink], factors) for sink in sinks}
+
+    def _followed(self, x: Tensor, factors: dict[str, Tensor]) -> list[tuple[str, Tensor]]:
+        if not x.requires_grad:
+            return []
+        values = x.detach().double()
+        square = values.square()
+        energy = square.sum(0).clamp(min=1e-300)
+        noise = torch.randn(values.shape, generator=self.generator).to(values)
+        noise -= (square * noise).sum(0) / energy
+        result: list[tuple[str, Tensor]] = []
+        counts, rests = (
+            torch.autograd.grad(
+                x,
+                list(factors.values()),
+                (values * weights / energy).to(x.dtype),
+                retain_graph=True,
+                allow_unused=True,
+            )
+            for weights in (torch.ones_like(values), noise)
+        )
+        for name, count, rest in zip(factors, counts, rests, strict=True):
+            if count is None or rest is None or not (count.abs() + rest.abs()).max() > 0:
+                continue
+            away = torch.maximum((count - count.round()).abs(), rest.abs())
+            result.append((name, torch.where(count.round() >= 1, away, torch.inf)))
+        return result
+
+    def fold(self, prev: str, away: Tensor, sinks: tuple[str, ...]) -> Fold | str:
+        """The proved fold, or the reason why there is none."""
+        if not (away <= _GRADIENT_TOLERANCES[-1]).any():
+            return f"what lies between it and {prev} is not linear"
+        # Rounding may hide a row, and a gate that is nearly linear may look like one.
+        masks = (away <= tolerance for tolerance in _GRADIENT_TOLERANCES)
+        found = (self._index(prev, rows, sinks[0]) for rows in masks if rows.any())
+        index = next((index for index in found if index is not None), None)
+        if index is None:
+            return f"it does not follow the channels of {prev} one by one, in proportion"
+        rule = self._rule(prev)
+        if rule is None:
+            return f"{prev} is no norm that can be divided"
+        fold = self._with_consumers(Fold(prev, sinks, rule, index, 0.0))
+        if isinstance(fold, str):
+            return fold
+        with restored(self.block, fold.modules):
+            apply_fold(self.block, fold, self._scales(fold))
+            error = relative_error(self.run(), self.output)
         if error <= PROOF_TOLERANCE:
-            return Fold(prev, sinks, rule, index, error)
-    return None
+            return replace(fold, error=error)
+        return f"{prev} feeds something else, too"
 
+    def _index(self, prev: str, rows: Tensor, sink: str) -> Tensor | None:
+        """Which channel of prev, of those in the mask `rows`, feeds each input channel."""
+        channels = rows.nonzero().flatten().cpu()
+        place = torch.arange(len(channels))
+        base = int(len(channels) ** 0.5) + 1
+        # All at once says how many feed an input channel; then two digits name the one that does.
+        probes = [
+            self._exponents(prev, channels, digit, len(rows), sink)
+            for digit in (torch.zeros_like(place), place // base, place % base)
+        ]
+        if any(probe is None for probe in probes):
+            return None
+        count, high, low = (probe for probe in probes if probe is not None)
+        if (count > 1).any() and not (count == 1).any() and len(channels) > len(count):
+            # Gate and up of a ReLU gate: the input follows either; take the later rows.
+            later = torch.zeros_like(rows)
+            later[channels[-len(count) :].to(rows.device)] = True
+            return self._index(prev, later, sink)
+        index = torch.full((len(count),), torch.nan, dtype=torch.float64)
+        named = ((high - 1) * base + low - 1)[count == 1].long()
+        if ((named < 0) | (named >= len(channels))).any():
+            return None
+        index[count == 1] = channels[named].double()
+        filled = _fill_unknown(index)
+        if filled is None or filled.min() < 0 or filled.max() >= len(rows):
+            return None
+        return filled.long()
 
-def _candidates(module: nn.Module, width: int) -> list[tuple[str, int]]:
-    """Rules to try for a module that may feed `width` channels, with the first channel to scale."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        return []
-    if weight.ndim == 1 and weight.shape[0] == width:
-        return [("norm", 0), ("1+w norm", 0)]
-    if not isinstance(module, nn.Linear):
-        return []
-    rows = weight.shape[0]
-    if rows <= width:
-        return [("rows", 0)]
-    # A fused projection: what feeds the sink are its last rows (up of gate_up; v of qkv, whose
-    # rows are as many as the sink's, or fewer where heads are shared).
-    return [("rows", rows - width), ("rows", rows - (rows - width) // 2)]
+    def _exponents(
+        self, prev: str, channels: Tensor, digit: Tensor, total: int, sink: str
+    ) -> Tensor | None:
+        """By how many levels each input channel moves when channels move by `digit` + 1.
 
-
-def _probe(
-    block: nn.Module, run: Run, prev: str, rule: str, first: int, sink: str
-) -> Tensor | None:
-    """Which channel of prev (from `first` on) feeds each input channel of the sink, or None."""
-    module = block.get_submodule(prev)
-    total = _channels(module)
-    count = total - first
-    base = int(count**0.5) + 1
-    x = _input_of(block, run, sink)
-    digits = []
-    # Two probes of about sqrt(count) well-spaced factors name a channel by its two digits.
-    for digit in (torch.arange(count) // base, torch.arange(count) % base):
-        factors = _PROBE_LEVELS ** (digit + 1).double()
-        divisor = torch.ones(total, dtype=torch.float64)
-        divisor[first:] = 1 / factors
-        with _restored(block, (prev,)), torch.no_grad():
-            _divide(module, rule, divisor.float().to(x.device))
-            moved = _input_of(block, run, sink)
-        energy = x.double().square().sum(0)
-        ratio = (moved.double() * x.double()).sum(0) / energy.clamp(min=1e-300)
-        if relative_error(x * ratio.float(), moved) > PROOF_TOLERANCE:
+        NaN for input channels that are 0 for every token, None if any moves in another way.
+        """
+        factors = torch.ones(total, dtype=torch.float64)
+        factors[channels] = _PROBE_LEVELS ** (digit + 1).double()
+        x = self.first[sink].x.detach().flatten(0, -2).double()
+        moved = self._inputs([sink], {prev: factors.to(x.device)})[sink].double()
+        if moved.shape != x.shape:
+            return None
+        energy = x.square().sum(0)
+        ratio = (moved * x).sum(0) / energy.clamp(min=1e-300)
+        if relative_error(x * ratio, moved) > PROOF_TOLERANCE:
             return None
         exponent = ratio.clamp(min=1e-300).log() / torch.tensor(_PROBE_LEVELS).double().log()
         exponent = torch.where(energy > 0, exponent, torch.nan).cpu()
-        if ((exponent - exponent.round()).abs() > 0.1).any():
-            return None
-        digits.append(exponent.round() - 1)
-    index = _fill_dead(digits[0] * base + digits[1] + first)
-    if index is None or index.min() < first or index.max() >= total:
+        return None if ((exponent - exponent.round()).abs() > 0.1).any() else exponent.round()
+
+    def _rule(self, prev: str) -> str | None:
+        """How the output of prev is divided, tried on its own call."""
+        module, call = self.block.get_submodule(prev), self.first[prev]
+        if is_linear(module):
+            return "rows"
+        divisor = self._powers(channels_of(module)).to(call.out.device)
+        for rule in ("norm", "1+w norm"):
+            with restored(self.block, (prev,)), torch.no_grad():
+                divide(module, rule, divisor.to(call.out.dtype))
+                if _same(call.again(module, call.x), call.out / divisor):
+                    return rule
         return None
-    return index.long()
+
+    def _with_consumers(self, fold: Fold) -> Fold | str:
+        """The fold with all that reads the divided channels, or the reason why there is none."""
+        found = linears(self.block)
+        scales = self._scales(fold)
+        while True:
+            with restored(self.block, fold.modules):
+                apply_fold(self.block, fold, scales)
+                moved = {call.name: call for call in reversed(calls_of(self.block, self.run))}
+            known = {*fold.sinks, *(name for name, _ in fold.others)}
+            news = []
+            for name, call in self.first.items():
+                if name == fold.prev or name in known or name not in moved:
+                    continue
+                if _moved_by(call.x, moved[name].x, scales):
+                    news.append(name)
+            sinks, others = list(fold.sinks), list(fold.others)
+            for name in news:
+                if name in found:
+                    sinks.append(name)
+                    continue
+                parameters = self._scaled_parameters(name, scales)
+                if parameters is None:
+                    return f"{fold.prev} feeds {name}, too, whose inputs cannot be scaled"
+                others += [entry for entry in parameters if entry not in others]
+            if (len(sinks), len(others)) == (len(fold.sinks), len(fold.others)):
+                return fold
+            fold = replace(fold, sinks=tuple(sinks), others=tuple(others))
+
+    def _scaled_parameters(self, name: str, scales: Tensor) -> list[tuple[str, int]] | None:
+        """The parameters of a module, with their axes, that undo a division of its input."""
+        module, call = self.block.get_submodule(name), self.first[name]
+        own = dict(module.named_parameters(recurse=False))
+        entries = [
+            (local, axis)
+            for local, parameter in own.items()
+            for axis in range(parameter.ndim)
+            if parameter.shape[axis] == len(scales)
+        ]
+        if not entries:
+            return []  # it hands its input on to modules that are looked at themselves
+        divided = (call.x / scales).to(call.x.dtype)
+        for count in range(1, 4):
+            for some in itertools.combinations(entries, count):
+                with restored(self.block, (name,)), torch.no_grad():
+                    for local, axis in some:
+                        multiply(own[local], axis, scales)
+                    if _same(call.again(module, divided), call.out):
+                        return self._for_all_experts(name, list(some))
+        # Without one: a module that holds others may have parameters that do not meet its input.
+        return [] if next(module.children(), None) is not None else None
+
+    def _for_all_experts(self, name: str, entries: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        """What holds for one of a list of experts holds for those no token was sent to."""
+        for items in self.experts.values():
+            for item in items:
+                if name == item or name.startswith(f"{item}."):
+                    rest = name[len(item) :]
+                    return [(f"{o}{rest}.{local}", axis) for o in items for local, axis in entries]
+        return [(f"{name}.{local}", axis) for local, axis in entries]
+
+    def _scales(self, fold: Fold) -> Tensor:
+        powers = self._powers(int(fold.index.max()) + 1)
+        return powers[fold.index].to(self.output.device)
+
+    def _powers(self, count: int) -> Tensor:
+        return 2.0 ** torch.randint(-2, 3, (count,), generator=self.generator)
+
+    def _inputs(self, names: list[str], factors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs [tokens, in] of linears when the outputs of modules are multiplied by factors."""
+        seen: dict[str, Tensor] = {}
+        handles = []
+        for name, factor in factors.items():
+
+            def multiply(
+                _module: nn.Module, _args: object, out: object, factor: Tensor = factor
+            ) -> object:
+                if not isinstance(out, Tensor) or out.shape[-1] != len(factor):
+                    return out
+                return out * factor.to(out.dtype)
+
+            handles.append(self.block.get_submodule(name).register_forward_hook(multiply))
+        for name in names:
+
+            def note(
+                _module: nn.Module, args: tuple[Any, ...], kwargs: Any, name: str = name
+            ) -> None:
+                seen.setdefault(name, (args[0] if args else kwargs[next(iter(kwargs))]))
+
+            handles.append(
+                self.block.get_submodule(name).register_forward_pre_hook(note, with_kwargs=True)
+            )
+        try:
+            self.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: seen[name].flatten(0, -2) for name in names}
 
 
-def _fill_dead(index: Tensor) -> Tensor | None:
-    """Name the channels that were 0 for every token, when the others are in plain order."""
-    dead = index.isnan()
-    if not dead.any():
+def _fill_unknown(index: Tensor) -> Tensor | None:
+    """Name the channels that are not known, when the others are in plain order.
+
+    Not known are inputs that were 0 for every token, and those that follow two channels: a gate
+    that is linear for all tokens as well as what it gates.
+    """
+    unknown = index.isnan()
+    if not unknown.any():
         return index
-    if dead.all():
+    if unknown.all():
         return None
-    offset = (index - torch.arange(len(index)))[~dead]
+    offset = (index - torch.arange(len(index)))[~unknown]
     return torch.arange(len(index)) + offset[0] if (offset == offset[0]).all() else None
 
 
-def _prove(block: nn.Module, run: Run, fold: Fold, seed: int) -> float:
-    generator = torch.Generator().manual_seed(seed)
-    per_channel = torch.exp(torch.rand(int(fold.index.max()) + 1, generator=generator) * 2 - 1)
-    before = run()
-    scales = per_channel[fold.index].to(before.device)
-    with _restored(block, (fold.prev, *fold.sinks)):
-        apply_fold(block, fold, scales)
-        return relative_error(run(), before)
+def _moved_by(x: Tensor, moved: Tensor, scales: Tensor) -> bool:
+    """Whether `moved` is x / scales, and not x."""
+    if x.shape != moved.shape or x.shape[-1] != len(scales) or not x.is_floating_point():
+        return False
+    if not x.numel() or relative_error(moved, x) <= PROOF_TOLERANCE:
+        return False
+    return relative_error(moved * scales, x) <= PROOF_TOLERANCE
 
 
-def _divide(module: nn.Module, rule: str, divisor: Tensor) -> None:
-    weight = module.get_parameter("weight")
-    if rule == "1+w norm":
-        weight.copy_((1 + weight) / divisor - 1)
-    else:
-        weight.div_(divisor[:, None] if weight.ndim == 2 else divisor)
-    bias = getattr(module, "bias", None)
-    if isinstance(bias, Tensor):
-        bias.div_(divisor)
-
-
-def _channels(module: nn.Module) -> int:
-    return int(module.get_parameter("weight").shape[0])
-
-
-def _call_order(block: nn.Module, run: Run) -> list[tuple[str, Tensor]]:
-    """(name, first input) of each leaf module, in the order of the calls."""
-    calls: list[tuple[str, Tensor]] = []
-    handles = []
-    for name, module in block.named_modules():
-        if next(module.children(), None) is not None:
-            continue
-
-        def hook(
-            _module: nn.Module, args: tuple[object, ...], _out: object, name: str = name
-        ) -> None:
-            if args and isinstance(args[0], Tensor):
-                calls.append((name, args[0]))
-
-        handles.append(module.register_forward_hook(hook))
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return calls
-
-
-def _input_of(block: nn.Module, run: Run, name: str) -> Tensor:
-    """The input [tokens, in] of one linear, fp32."""
-    return next(x for n, x in _call_order(block, run) if n == name).detach().flatten(0, -2).float()
+def _same(a: Any, b: Any) -> bool:
+    """Whether two results of a module are equal but for rounding."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.shape != b.shape or not a.is_floating_point():
+            return a.shape == b.shape and torch.equal(a, b)
+        return relative_error(a, b) <= PROOF_TOLERANCE
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return type(a) is type(b)

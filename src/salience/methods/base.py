@@ -80,8 +80,8 @@ class Method:
 
     Args:
         name: on the command line.
-        scales: of the inputs of `problems`, which differ in scheme alone; for each block the scale,
-            or None for none.
+        scales: of the inputs of `problems`, all sinks of one fold; for each block the scale, or
+            None for none.
         grids: of each group, [batch, out, groups].
         codes: one QTensor a block, of all rows.
         reads_text: whether it needs calibration text. Problems of a method that does not are
