@@ -193,6 +193,10 @@ def test_ignored() -> None:
     [
         (config(group(), sparsity_config={"format": "sparse-24-bitmask"}), "sparsity_config"),
         (config(group(), transform_config={"config_groups": {"R1": {}}}), "transform_config"),
+        (config(group(), sparsity_config="x"), "sparsity_config"),
+        (config(group(targets=["re:("])), "'re:\\(', which is no regular expression"),
+        (config(group(), ignore=["re:*"]), "'re:\\*', which is no regular expression"),
+        (config(group(targets=[3])), "no group of quantization_config targets it"),
         (config(), "no group of quantization_config targets it"),
         (config(group(targets=["re:other"])), "no group of quantization_config targets it"),
         (config(group(), config_groups=None), "no config_groups"),

@@ -253,5 +253,15 @@ def test_nested_table() -> None:
 def test_nf4_refuses() -> None:
     with pytest.raises(SalienceError, match="group size 64 does not divide in_features 96"):
         grid.quantize(torch.zeros(2, 96), Scheme.parse("nf4"))
-    with pytest.raises(SalienceError, match="not finite"):
+    with pytest.raises(SalienceError, match="too wide for an fp32 scale"):
         grid.quantize(torch.full((2, 64), torch.inf), Scheme.parse("nf4"))
+
+
+def test_nf4_in_batches() -> None:
+    """The uniform grid's verbs, with dimensions in front."""
+    scheme, weight = Scheme.parse("nf4"), torch.randn(3, 4, 128)
+    grids = grid.make_grid(*grid.value_range(weight, scheme), scheme)
+    assert grids.scales.shape == grids.zeros.shape == (3, 4, 2)
+    snapped = grid.snap(grid.grouped(weight, scheme), grids).flatten(-2)
+    for one, value in zip(weight, snapped, strict=True):
+        assert torch.equal(grid.quantize(one, scheme).dequantize(), value)

@@ -137,6 +137,7 @@ def test_codebook(monkeypatch: pytest.MonkeyPatch, scheme: str, dtype: torch.dty
     exact = (values.unflatten(1, (2, 64)) * qt.scales.double()[..., None]).flatten(1)
     for shape in ((128,), (0, 128), (2, 3, 128)):
         x = torch.randn(shape).to(dtype)
+        torch.library.opcheck(qmm, (x, backend("codebook").pack(qt), "codebook", 4, 64, 24))
         y, want = call(x, qt, "codebook"), x.double() @ exact.T
         assert y.dtype == dtype and y.shape == want.shape
         assert (y.double() - want).norm() <= TOLERANCE[dtype] * want.norm()

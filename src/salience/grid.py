@@ -34,11 +34,14 @@ from salience.scheme import NESTED_BLOCK, Scheme
 
 
 class Grid(NamedTuple):
-    """One uniform grid a group: `scales` fp16, `zeros` fp32 integers, both [..., groups]."""
+    """One grid a group: `scales` fp16, `zeros` fp32 integers, both [..., groups]. Of a codebook,
+    `scales` fp32 and `zeros` 0.
+    """
 
     scales: Tensor
     zeros: Tensor
     levels: int
+    codebook: str | None = None
 
 
 def grouped(weight: Tensor, scheme: Scheme) -> Tensor:
@@ -55,6 +58,9 @@ def value_range(weight: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
 def make_grid(lo: Tensor, hi: Tensor, scheme: Scheme) -> Grid:
     """The grid that spans [lo, hi] of each group (lo <= 0 <= hi, any shape)."""
     levels = scheme.levels
+    if scheme.codebook is not None:
+        scales = torch.maximum(lo.abs(), hi).float()
+        return Grid(scales, torch.zeros_like(scales), levels, scheme.codebook)
     width = 2 * torch.maximum(-lo, hi) if scheme.sym else hi - lo
     scales = (width / levels).to(torch.float16)
     # A group of nothing but zeros (or of values under fp16's range) has no width: any scale does.
@@ -76,6 +82,9 @@ def _steps(weight: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
 
 def snap(weight: Tensor, grid: Grid) -> Tensor:
     """Each weight's nearest grid value, fp32. `weight` is grouped: [..., groups, group_size]."""
+    if grid.codebook is not None:
+        values = table(grid.codebook, weight.device)
+        return values[_places(weight, grid.scales, values).int()] * grid.scales[..., None]
     steps, scales = _steps(weight, grid)
     return steps.mul_(scales)
 
@@ -84,38 +93,29 @@ def encode(weight: Tensor, grid: Grid, scheme: Scheme) -> QTensor:
     """Code a weight [out, in] on a grid [out, groups].
 
     Raises:
-        SalienceError: a scale beyond fp16's range.
+        SalienceError: a scale beyond the range of its dtype.
     """
     if not torch.isfinite(grid.scales).all():
-        raise SalienceError("a group's range is too wide for an fp16 scale")
+        kind = "fp16" if scheme.codebook is None else "fp32"
+        raise SalienceError(f"a group's range is too wide for an {kind} scale")
+    if scheme.codebook is not None:
+        values = table(scheme.codebook, weight.device)
+        codes = _places(grouped(weight.float(), scheme), grid.scales, values).flatten(1)
+        nested = nest(grid.scales) if scheme.double_quant else None
+        scales = grid.scales if nested is None else nested.dequantize()
+        return QTensor(codes, scales, grid.zeros.to(torch.uint8), scheme, nested=nested)
     steps, _ = _steps(grouped(weight.float(), scheme), grid)
     codes = (steps + grid.zeros[..., None]).to(torch.uint8).flatten(1)
     return QTensor(codes, grid.scales, grid.zeros.to(torch.uint8), scheme)
 
 
 def quantize(weight: Tensor, scheme: Scheme) -> QTensor:
-    """Round a weight [out, in] to nearest on the grid of its own range, or on the codebook.
+    """Round a weight [out, in] to nearest on the grid of its own range.
 
     Raises:
         SalienceError: a group size that does not divide the columns, a range beyond the scales'.
     """
-    if scheme.codebook is not None:
-        return _encode_codebook(weight, scheme, scheme.codebook)
     return encode(weight, make_grid(*value_range(weight.float(), scheme), scheme), scheme)
-
-
-def _encode_codebook(weight: Tensor, scheme: Scheme, codebook: str) -> QTensor:
-    groups = grouped(weight.float(), scheme)
-    scales = groups.abs().amax(dim=-1)
-    if not torch.isfinite(scales).all():
-        raise SalienceError("a group has values that are not finite")
-    codes = nearest(groups * _reciprocal(scales)[..., None], table(codebook, weight.device))
-    nested = None
-    if scheme.double_quant:
-        nested = nest(scales)
-        scales = nested.dequantize()
-    zeros = torch.zeros_like(scales, dtype=torch.uint8)
-    return QTensor(codes.flatten(1), scales, zeros, scheme, nested=nested)
 
 
 def nest(scales: Tensor) -> NestedScales:
@@ -125,12 +125,14 @@ def nest(scales: Tensor) -> NestedScales:
     blocks = pad(flat, (0, -len(flat) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     largest = blocks.abs().amax(dim=-1)
     values = nested_table(scales.device)
-    codes = nearest(blocks * _reciprocal(largest)[:, None], values)
+    codes = _places(blocks, largest, values)
     return NestedScales(
         codes.flatten()[: len(flat)].view_as(scales), largest, offset.item(), values
     )
 
 
-def _reciprocal(scales: Tensor) -> Tensor:
-    """1 / scales; of 0, for a group of nothing but zeros, a finite number."""
-    return 1.0 / scales.clamp(min=1e-38)
+def _places(groups: Tensor, scales: Tensor, values: Tensor) -> Tensor:
+    """Codes of groups [..., n] in the table `values`, each with its scale [...]. The weight times
+    the reciprocal, as bitsandbytes does; of a group of zeros, whose scale is 0, any will do.
+    """
+    return nearest(groups * (1.0 / scales.clamp(min=1e-38))[..., None], values)

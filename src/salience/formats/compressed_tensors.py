@@ -52,7 +52,7 @@ class CompressedTensors:
     def scheme(self, config: Mapping[str, Any], name: str) -> Scheme:
         for key in ("transform_config", "sparsity_config"):
             extra = config.get(key) or {"format": "dense"}
-            if extra.get("format") != "dense":
+            if not isinstance(extra, Mapping) or extra.get("format") != "dense":
                 raise SalienceError(f"quantization_config has a {key}, which is not supported")
         if any(_matches(target, name) for target in config.get("ignore") or ()):
             raise SalienceError("quantization_config ignores it, yet its weight is quantized")
@@ -182,11 +182,17 @@ def _scheme(weights: object) -> Scheme:
     return Scheme(bits, size, sym=bool(weights.get("symmetric", True)))
 
 
-def _matches(target: str, name: str) -> bool:
+def _matches(target: object, name: str) -> bool:
     """Whether a target or an ignored entry means the linear `name`."""
-    if target.startswith("re:"):
+    target = str(target)
+    if not target.startswith("re:"):
+        return target == name or target in _CLASSES
+    try:
         return re.match(target.removeprefix("re:"), name) is not None
-    return target == name or target in _CLASSES
+    except re.error as error:
+        raise SalienceError(
+            f"quantization_config has {target!r}, which is no regular expression: {error}"
+        ) from None
 
 
 def _group_of(name: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -197,7 +203,7 @@ def _group_of(name: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
             raise SalienceError(f"{key} of quantization_config is a preset; save the model again")
         for target in group.get("targets") or ():
             if _matches(target, name):
-                found[target] = group
+                found[str(target)] = group
     if not found:
         raise SalienceError("no group of quantization_config targets it, yet it is quantized")
     return found[
