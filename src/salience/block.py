@@ -255,8 +255,6 @@ def _plain(problem: Problem) -> dict[str, _Plain]:
 def _rounded(problem: Problem) -> Tensor:
     """Plain rounding, as values [batch, out, in]."""
     weight, scheme = problem.weight, problem.scheme
-    if scheme.codebook is not None:
-        return _stack(grid.quantize(each, scheme).dequantize() for each in weight)
     made = full_grids(problem)
     if not torch.isfinite(made.scales).all():
         wide = (~torch.isfinite(made.scales)).any(-1).float()
@@ -300,9 +298,8 @@ def _code(
     qtensors = method.codes(problem, grids)
     divisors = _row_divisors(problem, scales)
     errors = _errors(problem, qtensors, divisors).tolist()
-    # Of a codebook there is nothing to narrow.
-    steps = grids if problem.scheme.codebook is None else full_grids(problem)
-    narrowing = steps.scales.float() / full_grids(problem).scales.float()
+    full = full_grids(problem).scales.float().clamp(min=1e-30)
+    narrowing = grids.scales.float().clamp(min=1e-30) / full
     clips = _by_linear(problem, narrowing.mean(-1)).tolist()
     coded = {}
     for i, names in enumerate(problem.names):
@@ -311,7 +308,7 @@ def _code(
             rows = slice(start, start + count)
             start += count
             qt = _take_rows(qtensors[i], rows)
-            own = Grid(grids.scales[i, rows], grids.zeros[i, rows], grids.levels)
+            own = grids._replace(scales=grids.scales[i, rows], zeros=grids.zeros[i, rows])
             error, clip = errors[i][j], clips[i][j] / count
             worse = not error <= plain[name].error and not trust
             if worse:
@@ -336,7 +333,7 @@ def _code(
             )
             # Codes that need moments are compared with plain rounding whenever they are made.
             if worse and not method.reads_moments_to_code:
-                own = Grid(qt.scales, qt.zeros, own.levels)
+                own = own._replace(scales=qt.scales, zeros=qt.zeros)
             coded[name] = Coded(qt, own, report)
     return coded
 

@@ -18,7 +18,7 @@ from salience.calibration import Calibration, micro_batch
 from salience.checkpoint import Checkpoint
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
-from salience.formats import Format
+from salience.formats import Format, stored_config
 from salience.machine import (
     available_ram_bytes,
     fast_matmul,
@@ -187,7 +187,7 @@ def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
     Raises:
         SalienceError: naming the tensor.
     """
-    if getattr(source.config, "quantization_config", None):
+    if stored_config(source.config):
         raise SalienceError(f"{source.name} is quantized already; start from the float model")
     missing = {name for name, _ in model.named_parameters()} - weights.names()
     if missing:

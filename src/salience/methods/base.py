@@ -69,7 +69,7 @@ def full_grids(problem: Problem) -> Grid:
 def nearest(problem: Problem, grids: Grid) -> list[QTensor]:
     """Round each weight to the nearest point of its group's grid."""
     return [
-        grid.encode(weight, Grid(scales, zeros, grids.levels), problem.scheme)
+        grid.encode(weight, grids._replace(scales=scales, zeros=zeros), problem.scheme)
         for weight, scales, zeros in zip(problem.weight, grids.scales, grids.zeros, strict=True)
     ]
 
