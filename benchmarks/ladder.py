@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import torch
+from main_job import machine
 from rich.console import Console
 
 import salience
-from main_job import machine
 from salience.evaluation.perplexity import perplexity
 from salience.source import open_source
 

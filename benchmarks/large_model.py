@@ -17,12 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from main_job import machine, salience
 from rich.console import Console
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-from main_job import machine, salience
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": {
