@@ -29,6 +29,7 @@ more than the independent search. Perplexity at 4 bits with independent ranges w
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ from salience.structure import Fold
 # (alpha, beta) of s = a^alpha / w^beta, from mild to strong. The first is the identity.
 EXPONENTS = ((0.0, 0.0), *((i / 10, beta) for i in range(1, 7) for beta in (0.0, i / 10)))
 STRONGER_MUST_GAIN = 0.06
+_ROWS = 1024  # of each linear that candidates are tried on
 CLIP_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 # Weights in work at a time: what bounds the temporaries. Fixed, and not a matter of how much memory
 # is free, because a product may differ in its last bit with the number of its rows.
@@ -62,25 +64,46 @@ def search_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | N
         return [None] * len(first.names)
     activation = _tie(first.mean_abs, fold.index).clamp(min=1e-8)
     room = _tie(_relative_magnitude(problems), fold.index).clamp(min=1e-4)
-    plain = _scaled_errors(problems, torch.ones_like(activation))
-    best = plain.sum(-1)
     scales = torch.ones_like(activation)
+    some = [_sample(problem) for problem in problems]
+    counts = [(p.rows, s.rows) for p, s in zip(problems, some, strict=True)]
+    weights = torch.tensor([a / b for all_, few in counts for a, b in zip(all_, few, strict=True)])
+    weights = weights.to(scales.device)
+    plain = _scaled_errors(some, scales) * weights
+    best = plain.sum(-1)
     exponents = torch.zeros(len(best), 2, device=best.device)
     for alpha, beta in EXPONENTS[1:]:
         tried = activation**alpha / room**beta
         tried = tried / (tried.amax(-1, keepdim=True) * tried.amin(-1, keepdim=True)).sqrt()
-        errors = _scaled_errors(problems, tried)
+        errors = _scaled_errors(some, tried) * weights
         total = errors.sum(-1)
         better = (errors <= plain).all(-1) & (total < best * (1 - STRONGER_MUST_GAIN))
         better &= torch.isfinite(tried).all(-1)
         best = torch.where(better, total, best)
         scales = torch.where(better[:, None], tried, scales)
         exponents[better] = torch.tensor((alpha, beta), device=best.device)
+    # What a part of the rows promised must hold for all of them.
+    worse = _scaled_errors(problems, scales) > _scaled_errors(problems, torch.ones_like(scales))
+    exponents[worse.any(-1)] = 0
     chosen = exponents.tolist()
     return [
         FoldScale(fold, scales[i], alpha, beta) if alpha or beta else None
         for i, (alpha, beta) in enumerate(chosen)
     ]
+
+
+def _sample(problem: Problem) -> Problem:
+    """The problem with at most `_ROWS` rows of each linear, evenly spaced.
+
+    The error is a sum over thousands of rows, of which a part ranks candidates as well.
+    """
+    parts = []
+    for part in problem.weight.split(problem.rows, dim=1):
+        count = part.shape[1]
+        step = torch.arange(min(_ROWS, count), device=part.device) * count // min(_ROWS, count)
+        parts.append(part if count <= _ROWS else part[:, step])
+    rows = tuple(part.shape[1] for part in parts)
+    return replace(problem, weight=torch.cat(parts, 1), rows=rows)
 
 
 def search_grids(problem: Problem) -> Grid:
