@@ -131,7 +131,7 @@ def test_round_trip_of_others(name: str, text_file: Path, tmp_path: Path) -> Non
     check_round_trip(name, text_file, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bart", "gemma3n_text", "glm_moe_dsa", "mamba"])
+@pytest.mark.parametrize("name", ["bart", "gemma3n_text", "glm_moe_dsa"])
 def test_refused(name: str, text_file: Path, tmp_path: Path) -> None:
     source = save(float_model(name), tmp_path / "in")
     text = Calibration(str(text_file), samples=2, seqlen=32)
