@@ -31,7 +31,7 @@ from salience.checkpoint import (
     disk_errors,
     read_json,
 )
-from salience.conversion import stored_module, stored_tensors
+from salience.conversion import stored_module, stored_owner, stored_tensors
 from salience.errors import SalienceError
 from salience.formats import Format, get_format
 from salience.loading import read_tensor, resolve_device, set_tensor
@@ -384,9 +384,11 @@ def _config(job: _Job) -> dict[str, Any]:
     config.setdefault("architectures", [type(job.skeleton).__name__])
     config.pop("torch_dtype", None)
     config["dtype"] = "float16"
+    floats = list(kept(job.skeleton))
+    floats += [stored_owner(job.weights, name) for name in floats]  # for runtimes that go by those
     config["quantization_config"] = job.fmt.config(
         {f"{job.prefix}.{name}": job.scheme for name in linears(job.blocks)},
-        list(kept(job.skeleton)),
+        list(dict.fromkeys(floats)),
     )
     return config
 

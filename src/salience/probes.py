@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from salience.folds import PROOF_TOLERANCE, channels_of, divide, relative_error, restored
 from salience.groups import Run, calls_of
-from salience.modules import is_linear
+from salience.modules import expert_lists, is_linear
 
 _PROBE_LEVELS = 1.01  # ratio of neighbouring probe factors
 
@@ -32,6 +32,7 @@ class Probe:
         self.calls = calls_of(block, run)
         self.first = {call.name: call for call in reversed(self.calls)}
         self.output = run()
+        self.experts = expert_lists(block)
 
     def gradients(self, sinks: list[str]) -> dict[str, list[tuple[str, Tensor]]]:
         """For each sink the modules that feed it, nearest first.

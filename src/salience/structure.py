@@ -43,7 +43,6 @@ from salience.folds import (
 )
 from salience.groups import Run, calls_of, sink_groups
 from salience.modules import (
-    expert_lists,
     find_blocks,
     kept,
     linears,
@@ -152,24 +151,22 @@ def _with_consumers(probe: Probe, fold: Fold) -> Fold | str:
         with restored(probe.block, fold.modules):
             apply_fold(probe.block, fold, scales)
             moved = {call.name: call for call in reversed(calls_of(probe.block, probe.run))}
-        known = {*fold.sinks, *(name for name, _ in fold.others)}
-        news = []
-        for name, call in probe.first.items():
-            if name == fold.prev or name in known or name not in moved:
-                continue
-            if _moved_by(call.x, moved[name].x, scales):
-                news.append(name)
+        done = set(fold.modules)
         sinks, others = list(fold.sinks), list(fold.others)
-        for name in news:
+        for name, call in probe.first.items():
+            if name in done or name not in moved or not _moved_by(call.x, moved[name].x, scales):
+                continue
             if name in found:
                 sinks.append(name)
                 continue
             parameters = _scaled_parameters(probe, name, scales)
             if parameters is None:
                 return f"{fold.prev} feeds {name}, too, whose inputs cannot be scaled"
-            others += [entry for entry in parameters if entry not in others]
+            others += parameters
+            done |= {parameter.rpartition(".")[0] for parameter, _ in parameters}
         if (len(sinks), len(others)) == (len(fold.sinks), len(fold.others)):
             return fold
+        # A router that is scaled along sends tokens where it did before: look again.
         fold = replace(fold, sinks=tuple(sinks), others=tuple(others))
 
 
@@ -188,11 +185,15 @@ def _scaled_parameters(probe: Probe, name: str, scales: Tensor) -> list[tuple[st
     divided = (call.x / scales).to(call.x.dtype)
     for count in range(1, 4):
         for some in itertools.combinations(entries, count):
-            with restored(probe.block, (name,)), torch.no_grad():
+            # Powers of two are undone exactly; a copy of all experts would be as large as they are.
+            with torch.no_grad():
                 for local, axis in some:
                     multiply(own[local], axis, scales)
-                if same(call.again(module, divided), call.out):
-                    return _for_all_experts(probe, name, list(some))
+                alike = same(call.again(module, divided), call.out)
+                for local, axis in some:
+                    multiply(own[local], axis, 1 / scales)
+            if alike:
+                return _for_all_experts(probe, name, list(some))
     # Without one: a module that holds others may have parameters that do not meet its input.
     return [] if next(module.children(), None) is not None else None
 
@@ -201,7 +202,7 @@ def _for_all_experts(
     probe: Probe, name: str, entries: list[tuple[str, int]]
 ) -> list[tuple[str, int]]:
     """What holds for one of a list of experts holds for those no token was sent to."""
-    for items in expert_lists(probe.block).values():
+    for items in probe.experts.values():
         for item in items:
             if name == item or name.startswith(f"{item}."):
                 rest = name[len(item) :]
