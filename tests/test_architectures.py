@@ -131,7 +131,7 @@ def test_round_trip_of_others(name: str, text_file: Path, tmp_path: Path) -> Non
     check_round_trip(name, text_file, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["bart", "gemma3n_text", "glm_moe_dsa", "mamba"])
+@pytest.mark.parametrize("name", ["bart", "gemma3n_text", "glm_moe_dsa"])
 def test_refused(name: str, text_file: Path, tmp_path: Path) -> None:
     source = save(float_model(name), tmp_path / "in")
     text = Calibration(str(text_file), samples=2, seqlen=32)
@@ -148,6 +148,13 @@ def test_stored_names_are_those_of_the_source(text_file: Path, tmp_path: Path) -
     salience.quantize(str(source), out, scheme="w4g16", calibration=text)
     before, after = (load_file(f / "model.safetensors") for f in (source, out))
     assert "model.layers.0.block_sparse_moe.experts.3.w2.weight" in before
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert set(config["modules_to_not_convert"]) == {
+        f"model.layers.{layer}.{moe}.{part}"
+        for layer in (0, 1)
+        for moe in ("mlp", "block_sparse_moe")
+        for part in ("gate", "experts")
+    }
     owners = {name.rpartition(".")[0] for name in before}
     assert {name.rpartition(".")[0] for name in after} == owners
     for name, tensor in before.items():

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from salience.checkpoint import read_json
-from salience.conversion import stored_tensors
+from salience.conversion import stored_owner, stored_tensors
 from salience.engine import to_half
 from salience.job import Job
 from salience.journal import Journal
@@ -76,5 +76,7 @@ def _config(job: Job) -> dict[str, Any]:
     config["dtype"] = "float16"
     if any(job.is_tied(name) for name in job.outside):
         config["tie_word_embeddings"] = False  # the head has codes of its own now
-    config["quantization_config"] = job.fmt.config(job.schemes, job.kept)
+    # Under the names of the model's modules, and under those other runtimes may go by.
+    floats = [*job.kept, *(stored_owner(job.weights, name) for name in job.kept)]
+    config["quantization_config"] = job.fmt.config(job.schemes, list(dict.fromkeys(floats)))
     return config

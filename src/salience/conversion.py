@@ -8,6 +8,7 @@ by, which every runtime knows.
 
 from copy import deepcopy
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -179,3 +180,21 @@ def stored_module(model: Any, weights: Checkpoint, name: str) -> str:
     stored = list(stored_tensors(model, weights, f"{name}.weight", like))
     only = stored[0] if len(stored) == 1 else ""
     return only.removesuffix(".weight") if only.endswith(".weight") else name
+
+
+def stored_owner(weights: Checkpoint, name: str) -> str:
+    """What the source calls a module or parameter of the model: what its tensors' names begin with.
+
+    Transformers calls Mixtral's router `mlp.gate`; its checkpoints, and other runtimes, call it
+    `block_sparse_moe.gate`.
+    """
+    if not isinstance(weights, ModelWeights):
+        return name
+    paths = [
+        stored.split(".")[:-1]
+        for other in weights.names()
+        if other == name or other.startswith(f"{name}.")
+        for stored in weights.stored_names(other)
+    ]
+    alike = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+    return ".".join(parts[0] for parts in alike) or name

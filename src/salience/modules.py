@@ -8,7 +8,7 @@ that are close to each other, which weights are used at all, and experts need a 
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Container
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +172,7 @@ def _floats(module: nn.Module) -> dict[str, str]:
     return {
         name: reason
         for name, reason in result.items()
-        if not any(name.startswith(f"{other}.") for other in result)
+        if not _inside(name.rpartition(".")[0], result)
     }
 
 
@@ -226,8 +226,13 @@ def _are_equal(modules: nn.ModuleList | nn.ModuleDict) -> bool:
     return several and first is not None and any(is_linear(part) for part in first.modules())
 
 
-def _inside(name: str, names: Iterable[str]) -> bool:
-    return any(name == other or name.startswith(f"{other}.") for other in names)
+def _inside(name: str, names: Container[str]) -> bool:
+    """Whether a module is one of those named, or below one."""
+    while name:
+        if name in names:
+            return True
+        name = name.rpartition(".")[0]
+    return False
 
 
 def _join(name: str, local: str) -> str:
