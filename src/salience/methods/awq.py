@@ -139,11 +139,13 @@ def _clip_rows(weight: Tensor, second: Tensor, scheme: Scheme) -> tuple[Tensor, 
             highs = (hi[..., group] if shrink_high is ratios else high)[:, None] * shrink_high
             tried = grid.make_grid(lows[..., None], highs[..., None], scheme)
             errors = grid.snap(part[:, None, :, None], tried)[..., 0, :].sub_(part[:, None])
-            cost = torch.cat([_cost(errors, own, others), _cost(new[:, None], own, others)], 1)
+            cost = _cost(errors, own, others)
             best = cost.argmin(1, keepdim=True)  # [batch, 1, rows]
-            low = torch.cat([lows, low[:, None]], 1).gather(1, best)[:, 0]
-            high = torch.cat([highs, high[:, None]], 1).gather(1, best)[:, 0]
-            new = _take(torch.cat([errors, new[:, None]], 1), best)
+            least = cost.gather(1, best)
+            better = (least < _cost(new[:, None], own, others))[:, 0]
+            low = torch.where(better, lows.gather(1, best)[:, 0], low)
+            high = torch.where(better, highs.gather(1, best)[:, 0], high)
+            new = torch.where(better[..., None], _take(errors, best), new)
         product += (new - old) @ second[:, columns]
         error[..., columns] = new
         lo[..., group], hi[..., group] = low, high

@@ -27,6 +27,9 @@ moved to the best place given all others, which can only lower e H e^T:
     q_j = nearest grid point of   q_j - (e H)_j / H_jj
 
 Two sweeps are worth as much again as a finer choice of damping (w3g64: 23.60 becomes 23.45).
+
+On a GPU most of the time goes into starting the few operations of each column, hence their number
+is kept small, and the batch large where blocks are small.
 """
 
 import torch
@@ -102,27 +105,26 @@ def _recursion(weight: Tensor, second: Tensor, made: Grid) -> Tensor:
     columns = weight.shape[-1]
     order = second.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     upper = _factor(_permuted(second, order))
+    # With each row of U divided by its diagonal, a column's error needs no division.
+    upper /= upper.diagonal(dim1=-2, dim2=-1)[..., None].clone()
     group = order // _size(weight, made)
     left = _rows(weight.mT, order)
     steps = torch.empty_like(left)
     all_scales, all_zeros = made.scales.mT, made.zeros.mT
     for start in range(0, columns, _COLUMNS):
         end = min(start + _COLUMNS, columns)
-        near = upper[:, start:end, start:end]
+        near = upper[:, start:end, start:end, None]
         scales = _rows(all_scales, group[:, start:end]).float()
         zeros = _rows(all_zeros, group[:, start:end])
         least, most = -zeros, made.levels - zeros
-        block = left[:, start:end]
+        block, chosen = left[:, start:end], steps[:, start:end]
         errors = torch.empty_like(block)
         for j in range(end - start):
-            step = steps[:, start + j]
+            step, error = chosen[:, j], errors[:, j]
             torch.div(block[:, j], scales[:, j], out=step)
             torch.clamp(step.round_(), least[:, j], most[:, j], out=step)
-            error = errors[:, j]
             torch.addcmul(block[:, j], step, scales[:, j], value=-1, out=error)
-            error /= near[:, j, j, None]
-            rest = block[:, j + 1 :]
-            rest.addcmul_(near[:, j, j + 1 :, None], error[:, None], value=-1)
+            block[:, j + 1 :].addcmul_(near[:, j, j + 1 :], error[:, None], value=-1)
         left[:, end:].baddbmm_(upper[:, start:end, end:].mT, errors, alpha=-1)
     return _rows(steps, order.argsort(-1))
 
@@ -130,26 +132,27 @@ def _recursion(weight: Tensor, second: Tensor, made: Grid) -> Tensor:
 def _descent(weight: Tensor, steps: Tensor, second: Tensor, made: Grid) -> Tensor:
     """One sweep over the columns of `steps` [batch, in, out]; the steps that result."""
     columns, size = weight.shape[-1], _size(weight, made)
-    steps = steps.clone()
     scales, zeros = made.scales.mT.float().contiguous(), made.zeros.mT.contiguous()
+    least, most = -zeros, made.levels - zeros
     values = (steps.unflatten(1, (-1, size)) * scales[:, :, None]).flatten(1, 2)
-    product = second @ (values - weight.mT)
+    product = second @ values.sub_(weight.mT)
+    diagonal = second.diagonal(dim1=-2, dim2=-1)
+    moved = torch.empty_like(steps)
     for start in range(0, columns, _COLUMNS):
         end = min(start + _COLUMNS, columns)
-        near = second[:, start:end, start:end]
+        near = second[:, start:end, start:end, None]
+        group = torch.arange(start, end, device=steps.device) // size
+        curvature = scales[:, group] * diagonal[:, start:end, None]
         own = product[:, start:end].clone()
         moves = torch.empty_like(own)
-        for j in range(end - start):
-            column = start + j
-            scale, zero = scales[:, column // size], zeros[:, column // size]
-            best = values[:, column] - own[:, j] / near[:, j, j, None]
-            step = torch.clamp((best / scale).round_(), -zero, made.levels - zero)
-            move = torch.mul(step - steps[:, column], scale, out=moves[:, j])
-            steps[:, column] = step
-            rest = own[:, j + 1 :]
-            rest.addcmul_(near[:, j, j + 1 :, None], move[:, None])
+        for j, of in enumerate(group.tolist()):
+            old, new, move = steps[:, start + j], moved[:, start + j], moves[:, j]
+            torch.addcdiv(old, own[:, j], curvature[:, j], value=-1, out=new)
+            torch.clamp(new.round_(), least[:, of], most[:, of], out=new)
+            torch.sub(new, old, out=move).mul_(scales[:, of])
+            own[:, j + 1 :].addcmul_(near[:, j, j + 1 :], move[:, None])
         product[:, end:].baddbmm_(second[:, end:, start:end], moves)
-    return steps
+    return moved
 
 
 def _rows(matrix: Tensor, index: Tensor) -> Tensor:
