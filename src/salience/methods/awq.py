@@ -65,8 +65,8 @@ def search_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | N
     plain = _scaled_errors(problems, torch.ones_like(activation))
     best = plain.sum(-1)
     scales = torch.ones_like(activation)
-    exponents = torch.zeros(len(best), 2, device=best.device)
-    for alpha, beta in EXPONENTS[1:]:
+    chosen = torch.zeros(len(best), dtype=torch.int64, device=best.device)
+    for index, (alpha, beta) in enumerate(EXPONENTS[1:], start=1):
         tried = activation**alpha / room**beta
         tried = tried / (tried.amax(-1, keepdim=True) * tried.amin(-1, keepdim=True)).sqrt()
         errors = _scaled_errors(problems, tried)
@@ -75,11 +75,10 @@ def search_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | N
         better &= torch.isfinite(tried).all(-1)
         best = torch.where(better, total, best)
         scales = torch.where(better[:, None], tried, scales)
-        exponents[better] = torch.tensor((alpha, beta), device=best.device)
-    chosen = exponents.tolist()
+        chosen[better] = index
     return [
-        FoldScale(fold, scales[i], alpha, beta) if alpha or beta else None
-        for i, (alpha, beta) in enumerate(chosen)
+        FoldScale(fold, scales[i], *EXPONENTS[index]) if index else None
+        for i, index in enumerate(chosen.tolist())
     ]
 
 
