@@ -128,7 +128,7 @@ def plan(
     source = open_source(model, trust_remote_code)
     skeleton = source.skeleton()
     recipe = Recipe(
-        Scheme.parse(scheme or default_scheme(name)),
+        Scheme.parse(default_scheme(name) if scheme is None else scheme),
         _rules(rule),
         tuple(skip or ()),
         tuple(only or ()),
