@@ -15,10 +15,10 @@ from salience.methods.awq import (
     CLIP_RATIOS,
     EXPONENTS,
     STRONGER_MUST_GAIN,
-    Awq,
-    search_clip,
-    search_scale,
+    search_grids,
+    search_scales,
 )
+from salience.methods.base import FoldScale, Problem, nearest
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 from salience.stats import SecondMoment
@@ -54,9 +54,51 @@ def loss(qt: QTensor, weight: Tensor, second: Tensor) -> Tensor:
     return (error @ second.double() * error).sum(1)
 
 
+def problem(weights: list[Tensor], moment: SecondMoment, scheme: Scheme) -> Problem:
+    """Linears with one input, of one block."""
+    return Problem(
+        (tuple(f"linear{i}" for i in range(len(weights))),),
+        torch.cat(weights)[None],
+        tuple(len(weight) for weight in weights),
+        scheme,
+        moment.second[None],
+        moment.mean_abs[None],
+    )
+
+
+def stacked(problems: list[Problem]) -> Problem:
+    """The problems of several blocks as one batch."""
+    return Problem(
+        tuple(names for each in problems for names in each.names),
+        torch.cat([each.weight for each in problems]),
+        problems[0].rows,
+        problems[0].scheme,
+        torch.cat([each.second for each in problems]),  # type: ignore[misc]
+        torch.cat([each.mean_abs for each in problems]),  # type: ignore[misc]
+    )
+
+
+def of_second(weight: Tensor, second: Tensor, scheme: Scheme) -> Problem:
+    return problem([weight], SecondMoment(second, torch.ones(len(second)), 1), scheme)
+
+
 def clipped(weight: Tensor, second: Tensor, scheme: Scheme) -> QTensor:
-    lo, hi = search_clip(weight, second, scheme)
-    return grid.encode(weight, grid.make_grid(lo, hi, scheme), scheme)
+    one = of_second(weight, second, scheme)
+    (qt,) = nearest(one, search_grids(one))
+    return qt
+
+
+def search_clip(weight: Tensor, second: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """The ranges of which `search_grids` makes grids."""
+    lo, hi = awq._clip_rows(weight[None], second[None], scheme)
+    return lo[0], hi[0]
+
+
+def search_scale(
+    weights: list[Tensor], fold: Fold, moment: SecondMoment, scheme: Scheme
+) -> FoldScale | None:
+    (found,) = search_scales([problem(weights, moment, scheme)], fold)
+    return found
 
 
 def not_worse(weight: Tensor, second: Tensor, scheme: Scheme) -> None:
@@ -152,6 +194,12 @@ def test_clip_equals_a_plain_coordinate_descent(scheme: Scheme) -> None:
     np.testing.assert_allclose(hi.numpy(), expected_hi, rtol=1e-6)
     first_lo, first_hi = grid.value_range(weight, scheme)
     assert not torch.equal(lo, first_lo) and not torch.equal(hi, first_hi)
+    made, expected = (
+        search_grids(of_second(weight, second, scheme)),
+        grid.make_grid(lo, hi, scheme),
+    )
+    assert torch.equal(made.scales[0], expected.scales) and made.levels == expected.levels
+    assert torch.equal(made.zeros[0], expected.zeros)
 
 
 def independent(weight: Tensor, second: Tensor, scheme: Scheme) -> QTensor:
@@ -177,22 +225,78 @@ def test_clip_lets_errors_of_correlated_groups_cancel(bits: int) -> None:
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(3, -1, True)])
 def test_tiles_do_not_show(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, second = random_weight(50, 64, 5), correlated(64, 6).second
-    whole = search_clip(weight, second, scheme)
+    moment = correlated(64, 6, loud=1)
+    one = problem([random_weight(20, 64, 5), random_weight(30, 64, 6)], moment, scheme)
+    whole, whole_scale = search_grids(one), search_scales([one], one_fold(64))[0]
+    assert whole_scale is not None
     calls: list[int] = []
     right = awq._clip_rows
 
     def count(part: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-        calls.append(len(part))
+        calls.append(part.shape[1])
         return right(part, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(awq, "_clip_rows", count)
     for limit, most in ((1, 1), (7 * len(CLIP_RATIOS) * scheme.group_columns(64), 7)):
-        monkeypatch.setattr(awq, "_TILE_WEIGHTS", {"cpu": limit})
+        monkeypatch.setattr(awq, "TILE_CANDIDATES", {"cpu": limit})
         calls.clear()
-        parts = search_clip(weight, second, scheme)
+        parts = search_grids(one)
         assert max(calls) == most and sum(calls) == 50
         torch.testing.assert_close(parts, whole, rtol=0, atol=0)
+    for limit, most in ((1, 1), (7 * 64, 7)):
+        monkeypatch.setattr(awq, "_TILE_WEIGHTS", {"cpu": limit})
+        assert max(part.shape[1] for part in awq._tiles(one)) == most
+        (scale,) = search_scales([one], one_fold(64))
+        assert scale is not None
+        assert (scale.alpha, scale.beta) == (whole_scale.alpha, whole_scale.beta)
+        torch.testing.assert_close(scale.scales, whole_scale.scales, rtol=1e-6, atol=0)
+
+
+def blocks(scheme: Scheme) -> list[Problem]:
+    """The same linears in four blocks: loud channels, isotropic, silent, one single token."""
+    moments = [
+        correlated(64, 30, loud=2),
+        identity(64),
+        SecondMoment.empty(64),
+        correlated(64, 31, tokens=1),
+    ]
+    return [
+        problem([random_weight(24, 64, 32 + i), random_weight(8, 64, 42 + i)], moment, scheme)
+        for i, moment in enumerate(moments)
+    ]
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(3, -1, True), Scheme(2, 32)])
+def test_blocks_side_by_side_are_found_the_grids_of_each_alone(scheme: Scheme) -> None:
+    alone = blocks(scheme)
+    found = search_grids(stacked(alone))
+    for i, one in enumerate(alone):
+        own = search_grids(one)
+        assert torch.equal(found.scales[i], own.scales[0])
+        assert torch.equal(found.zeros[i], own.zeros[0])
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(3, -1, True), Scheme(2, 32)])
+def test_blocks_side_by_side_are_found_the_scales_of_each_alone(scheme: Scheme) -> None:
+    alone = blocks(scheme)
+    together = search_scales([stacked(alone)], one_fold(64))
+    taken = 0
+    for one, found in zip(alone, together, strict=True):
+        (own,) = search_scales([one], one_fold(64))
+        assert (own is None) == (found is None)
+        if own is not None and found is not None:
+            taken += 1
+            assert (own.alpha, own.beta) == (found.alpha, found.beta)
+            torch.testing.assert_close(own.scales, found.scales, rtol=1e-6, atol=0)
+    assert 0 < taken < len(alone)  # they do not all choose alike
+
+
+def test_no_text_no_search() -> None:
+    scheme, weight = Scheme(4, 16), random_weight(8, 64, 50)
+    one = Problem((("a",),), weight[None], (8,), scheme)
+    assert search_scales([one], one_fold(64)) == [None]
+    made, plain = search_grids(one), grid.make_grid(*grid.value_range(weight, scheme), scheme)
+    assert torch.equal(made.scales[0], plain.scales) and torch.equal(made.zeros[0], plain.zeros)
 
 
 @pytest.mark.parametrize("scheme", [Scheme(4, 16), Scheme(4, 16, True), Scheme(2, -1)])
@@ -351,18 +455,29 @@ def test_the_exponents() -> None:
     assert all(0 < ratio < 1 for ratio in CLIP_RATIOS)
 
 
-def test_prepare_takes_the_moment_and_weights_of_each_fold() -> None:
-    scheme, method = Scheme(3, 16), Awq()
-    weights = {"a": random_weight(32, 64, 20), "b": random_weight(32, 64, 21)}
-    quiet = torch.stack([random_weight(1, 64, 22)[0].roll(i) for i in range(64)])
-    weights["c"] = quiet.repeat(1, 1)
-    loud = correlated(64, 23, loud=1)
-    moments = {"a": loud, "b": loud, "c": identity(64)}
-    folds = [one_fold(64), Fold("other", ("c",), "norm", torch.arange(64), 0.0)]
-    channel = Scheme(3, -1)
-    (found,) = method.prepare(weights, folds, moments, channel)
-    assert found.fold is folds[0]
-    expected = search_scale([weights["a"], weights["b"]], folds[0], loud, channel)
-    assert expected is not None and torch.equal(found.scales, expected.scales)
-    qt = method.quantize(weights["a"], loud, scheme)
-    assert torch.equal(qt.q, clipped(weights["a"], loud.second, scheme).q)
+def test_sinks_of_other_schemes_have_their_say() -> None:
+    """One source, two schemes: each sink is rounded by its own, and none may lose."""
+    moment = correlated(64, 23, loud=1)
+    schemes = (Scheme(3, 16), Scheme(8, -1))
+    weights = (random_weight(32, 64, 20), random_weight(16, 64, 21))
+    problems = [problem([w], moment, s) for w, s in zip(weights, schemes, strict=True)]
+    (found,) = search_scales(problems, one_fold(64))
+    assert found is not None
+    index = torch.arange(64)
+    joint = [np.abs(w.double().numpy()).reshape(len(w), -1, s.group_columns(64))
+             for w, s in zip(weights, schemes, strict=True)]  # fmt: skip
+    room = sum((g / g.max(-1, keepdims=True)).reshape(len(g), 64).sum(0) for g in joint) / 48
+    activation = moment.mean_abs.double().numpy()
+    best, kept = None, None
+    for alpha, beta in EXPONENTS:
+        scales = activation[index] ** alpha / room[index] ** beta
+        scales = torch.tensor(scales / np.sqrt(scales.max() * scales.min())).float()
+        losses = np.array(
+            [scale_loss(w, scales, moment.second, s) for w, s in zip(weights, schemes, strict=True)]
+        )
+        if best is None:
+            plain = best = losses
+            kept = (alpha, beta)
+        elif (losses <= plain).all() and losses.sum() < best.sum() * (1 - STRONGER_MUST_GAIN):
+            best, kept = losses, (alpha, beta)
+    assert (found.alpha, found.beta) == kept

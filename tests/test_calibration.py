@@ -20,12 +20,14 @@ from transformers import (
 
 from salience import calibration as module
 from salience.calibration import (
-    BlockInputs,
+    BlockArguments,
     Calibration,
-    block_inputs,
+    micro_batch,
     observe,
     read_text,
+    record_inputs,
     run_block,
+    run_tail,
 )
 from salience.errors import SalienceError
 from salience.structure import find_blocks
@@ -172,6 +174,20 @@ MODELS: dict[str, Callable[[], Any]] = {
 }
 
 
+def recorded_inputs(
+    model: Any, blocks: nn.ModuleList, tokens: Tensor, batch: int
+) -> tuple[Tensor, BlockArguments]:
+    """What enters the first block, all of it, and the arguments of each."""
+    parts: list[Tensor] = []
+
+    def keep(number: int, hidden: Tensor) -> None:
+        assert number == len(parts) and len(hidden) == batch
+        parts.append(hidden)
+
+    arguments = record_inputs(model, blocks, tokens, batch, CPU, keep)
+    return torch.cat(parts), arguments
+
+
 def outputs_of_blocks(model: Any, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
     """What goes into the first block and what comes out of each, in the model's own run."""
     _, blocks = find_blocks(model)
@@ -199,12 +215,14 @@ def test_blocks_run_alone_as_in_the_model(name: str, batch: int) -> None:
     _, blocks = find_blocks(model)
     tokens = random_tokens(6, 20)
     first, expected = outputs_of_blocks(model, tokens)
-    inputs = block_inputs(model, blocks, tokens, batch, CPU)
-    assert inputs.batch == batch and len(inputs.arguments) == len(blocks)
-    assert torch.equal(inputs.hidden, first)
-    hidden = inputs.hidden
-    for block, arguments, after in zip(blocks, inputs.arguments, expected, strict=True):
-        parts = [run_block(block, part, arguments) for part in hidden.split(batch)]
+    hidden, arguments = recorded_inputs(model, blocks, tokens, batch)
+    assert len(arguments.first) == len(blocks)
+    assert torch.equal(hidden, first)
+    for i, (block, after) in enumerate(zip(blocks, expected, strict=True)):
+        parts = [
+            run_block(block, part, arguments.of(i, number))
+            for number, part in enumerate(hidden.split(batch))
+        ]
         hidden = torch.cat(parts)
         assert error(hidden, after) < 1e-6
     # The stubs are gone: the model is what it was.
@@ -219,20 +237,19 @@ def test_hidden_states_are_those_that_transformers_reports() -> None:
     model = make_model(llama_config())
     tokens = random_tokens(2, 20)
     blocks = model.model.layers
-    inputs = block_inputs(model, blocks, tokens, 2, CPU)
+    hidden, arguments = recorded_inputs(model, blocks, tokens, 2)
     out = model(input_ids=tokens, output_hidden_states=True, use_cache=False)
-    hidden = inputs.hidden
     for i, block in enumerate(blocks):
         assert error(hidden, out.hidden_states[i]) < 1e-6
-        hidden = run_block(block, hidden, inputs.arguments[i])
+        hidden = run_block(block, hidden, arguments.of(i, 0))
     assert error(model.model.norm(hidden), out.hidden_states[-1]) < 1e-6
 
 
 def test_blocks_differ_in_their_arguments() -> None:
     """Otherwise the test above would not show that each block gets its own."""
     model = make_model(MODELS["gemma3"]())
-    inputs = block_inputs(model, find_blocks(model)[1], random_tokens(1, 20), 1, CPU)
-    (_, sliding), (_, full) = inputs.arguments[:2]
+    _, arguments = recorded_inputs(model, find_blocks(model)[1], random_tokens(1, 20), 1)
+    (_, sliding), (_, full) = arguments.first[:2]
     masks = [kwargs["attention_mask"] for kwargs in (sliding, full)]
     assert not torch.equal(*(torch.zeros(0) if mask is None else mask.float() for mask in masks))
 
@@ -242,7 +259,7 @@ def test_restored_after_a_failure() -> None:
     model = make_model(llama_config())
     blocks = model.model.layers
     with pytest.raises(IndexError):
-        block_inputs(model, blocks, torch.full((1, 4), VOCABULARY + 1), 1, CPU)
+        recorded_inputs(model, blocks, torch.full((1, 4), VOCABULARY + 1), 1)
     assert all("forward" not in vars(block) for block in blocks)
     assert all(not block._forward_pre_hooks for block in blocks)
 
@@ -263,12 +280,12 @@ def test_arguments_that_depend_on_the_text() -> None:
 
     model = TextMask()
     same = torch.zeros(2, 4, dtype=torch.int64)
-    inputs = block_inputs(model, model.blocks, same, 1, CPU)
-    assert inputs.hidden.shape == (2, 4, 8) and inputs.others == []
+    hidden, arguments = recorded_inputs(model, model.blocks, same, 1)
+    assert hidden.shape == (2, 4, 8) and arguments.others == []
     tokens = random_tokens(2, 4)
-    inputs = block_inputs(model, model.blocks, tokens, 1, CPU)
+    _, arguments = recorded_inputs(model, model.blocks, tokens, 1)
     for part in (0, 1):
-        (mask,), kwargs = inputs.of(0, part)
+        (mask,), kwargs = arguments.of(0, part)
         assert torch.equal(mask[0, :, 0], tokens[part].float()) and kwargs == {}
 
 
@@ -285,9 +302,9 @@ class Handing(nn.Module):
         return self.function(self, self.embed(input_ids))
 
 
-def recorded(function: Callable[[Any, Tensor], Tensor]) -> BlockInputs:
+def recorded(function: Callable[[Any, Tensor], Tensor]) -> BlockArguments:
     model = Handing(function)
-    return block_inputs(model, model.blocks, random_tokens(4, 4), 2, CPU)
+    return recorded_inputs(model, model.blocks, random_tokens(4, 4), 2)[1]
 
 
 @torch.no_grad()
@@ -297,7 +314,7 @@ def test_blocks_that_return_tuples() -> None:
             hidden, _ = block(hidden)
         return hidden
 
-    assert len(recorded(unpack).arguments) == 2
+    assert len(recorded(unpack).first) == 2
 
     def hand_on(model: Any, hidden: Tensor) -> Tensor:
         state = None
@@ -332,8 +349,12 @@ def test_state_that_blocks_share_is_one_for_each_micro_batch() -> None:
             hidden = block(hidden, state=state)
         return hidden
 
-    inputs = recorded(shared)
-    states = [[inputs.of(block, part)[1]["state"] for block in (0, 1)] for part in (0, 1)]
+    arguments = recorded(shared)
+    states = [[arguments.of(block, part)[1]["state"] for block in (0, 1)] for part in (0, 1)]
+    assert (
+        arguments.stateful
+        and not recorded(lambda model, h: model.blocks[1](model.blocks[0](h))).stateful
+    )
     assert states[0][0] is states[0][1] and states[1][0] is states[1][1]
     assert states[0][0] is not states[1][0]
 
@@ -342,17 +363,17 @@ def test_state_that_blocks_share_is_one_for_each_micro_batch() -> None:
 def test_observe() -> None:
     model = make_model(llama_config())
     block = model.model.layers[1]
-    inputs = block_inputs(model, model.model.layers, random_tokens(2, 20), 2, CPU)
+    hidden, arguments = recorded_inputs(model, model.model.layers, random_tokens(2, 20), 2)
     seen: dict[str, Tensor] = {}
 
     def run() -> Tensor:
-        return run_block(block, inputs.hidden, inputs.arguments[1])
+        return run_block(block, hidden, arguments.of(1, 0))
 
     names = ["self_attn.q_proj", "mlp.gate_proj"]
     out = observe(block, names, run, seen.__setitem__)
     assert torch.equal(out, run())
     assert list(seen) == names
-    assert torch.equal(seen["self_attn.q_proj"], block.input_layernorm(inputs.hidden))
+    assert torch.equal(seen["self_attn.q_proj"], block.input_layernorm(hidden))
     seen.clear()
 
     def fail() -> Tensor:
@@ -364,6 +385,38 @@ def test_observe() -> None:
     seen.clear()
     run()
     assert not seen  # the hooks are gone
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_the_tail_sees_what_the_head_does_in_the_model(name: str) -> None:
+    """The hidden states of the last block are enough; the tokens may be any."""
+    model = make_model(MODELS[name]())
+    _, blocks = find_blocks(model)
+    head = model.get_output_embeddings()
+    expected: list[Tensor] = []
+    handle = head.register_forward_pre_hook(lambda _module, args: expected.append(args[0]))
+    tokens = random_tokens(2, 20)
+    _, after = outputs_of_blocks(model, tokens)
+    handle.remove()
+    seen: dict[str, Tensor] = {}
+    run_tail(model, blocks, torch.zeros_like(tokens), after[-1], seen.__setitem__)
+    (found,) = [x for n, x in seen.items() if model.get_submodule(n) is head]
+    assert error(found, expected[0]) < 1e-6
+    assert all("forward" not in vars(block) for block in blocks)
+    assert not head._forward_pre_hooks
+    again = outputs_of_blocks(model, tokens)[1]
+    assert all(torch.equal(a, b) for a, b in zip(again, after, strict=True))
+
+
+def test_micro_batches_divide_the_samples_and_do_not_depend_on_memory() -> None:
+    for samples in range(1, 40):
+        for seqlen in (1, 64, 512, 2047, 2048, 4096):
+            found = micro_batch(samples, seqlen, CPU)
+            assert samples % found == 0
+            assert found == 1 or found * seqlen <= module.MICRO_BATCH_TOKENS["cpu"]
+            larger = [n for n in range(found + 1, samples + 1) if samples % n == 0]
+            assert all(n * seqlen > module.MICRO_BATCH_TOKENS["cpu"] for n in larger)
 
 
 def test_describe() -> None:

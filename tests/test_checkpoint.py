@@ -1,11 +1,7 @@
-"""Checkpoints on disk: what is read, what is refused, and that writing is all or nothing."""
+"""Checkpoints on disk: what is read, and what is refused."""
 
 import json
-import os
-import stat
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +11,7 @@ import numpy
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Q
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from salience.checkpoint import (
@@ -23,10 +19,6 @@ from salience.checkpoint import (
     GgufCheckpoint,
     RenamedCheckpoint,
     SafetensorsCheckpoint,
-    ShardWriter,
-    check_disk,
-    check_free,
-    disk_errors,
     read_json,
 )
 from salience.errors import SalienceError
@@ -421,219 +413,6 @@ def test_renamed_converts(tmp_path: Path) -> None:
     checkpoint = RenamedCheckpoint(SafetensorsCheckpoint(tmp_path), {"x": "a.weight"}, convert)
     assert torch.equal(checkpoint.tensor("x"), TENSORS["a.weight"] + 1)
     assert seen == ["a.weight"]
-
-
-# Writing.
-
-
-def entries(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
-def test_writes_one_file(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    with ShardWriter(out) as writer:
-        for name, tensor in TENSORS.items():
-            writer.add(name, tensor)
-        writer.write_json("config.json", {"model_type": "é"})
-        assert not out.exists()
-        assert entries(tmp_path) == [writer.folder.name]
-        assert writer.folder.name.startswith(".out.")
-    assert entries(tmp_path) == ["out"]
-    assert entries(out) == ["config.json", "model.safetensors"]
-    assert json.loads((out / "config.json").read_text(encoding="utf-8")) == {"model_type": "é"}
-    written = load_file(out / "model.safetensors")
-    assert set(written) == set(TENSORS)
-    assert all(torch.equal(written[name], tensor) for name, tensor in TENSORS.items())
-    with (out / "model.safetensors").open("rb") as file:
-        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-    assert header["__metadata__"] == {"format": "pt"}
-
-
-def test_writes_shards(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    tensors = {f"t{i}": torch.full((16,), float(i)) for i in range(5)}
-    with ShardWriter(out, shard_bytes=128) as writer:  # two tensors each
-        for name, tensor in tensors.items():
-            writer.add(name, tensor)
-    files = [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
-    assert entries(out) == [*files, INDEX_NAME]
-    index = read_json(out / INDEX_NAME)
-    assert index["metadata"] == {"total_size": 5 * 64}
-    assert index["weight_map"] == dict(
-        zip(tensors, [files[0], files[0], files[1], files[1], files[2]], strict=True)
-    )
-    for name, file in index["weight_map"].items():
-        assert torch.equal(load_file(out / file)[name], tensors[name])
-    assert SafetensorsCheckpoint(out).names() == set(tensors)
-
-
-def test_writes_tensors_of_any_layout(tmp_path: Path) -> None:
-    base = torch.arange(12.0).view(3, 4).requires_grad_()
-    with ShardWriter(tmp_path / "out") as writer:
-        writer.add("t", base.T)
-    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["t"], base.detach().T)
-
-
-@pytest.mark.parametrize("kind", [ValueError, SalienceError, KeyboardInterrupt, SystemExit])
-def test_nothing_appears_on_an_error(tmp_path: Path, kind: type[BaseException]) -> None:
-    with pytest.raises(kind), ShardWriter(tmp_path / "out", shard_bytes=1) as writer:
-        writer.add("t", torch.zeros(4))
-        writer.write_json("config.json", {})
-        assert len(entries(writer.folder)) == 2
-        raise kind("stop")
-    assert entries(tmp_path) == []
-
-
-def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    with ShardWriter(out) as writer:
-        writer.add("t", torch.zeros(4))
-    assert entries(out) == ["model.safetensors"]
-
-
-def test_an_empty_folder_stays_on_an_error(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    with pytest.raises(ValueError, match="stop"), ShardWriter(out):
-        raise ValueError("stop")
-    assert entries(tmp_path) == ["out"] and entries(out) == []
-
-
-def test_output_behind_a_link(tmp_path: Path) -> None:
-    (tmp_path / "real").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "real")
-    with ShardWriter(tmp_path / "link") as writer:
-        writer.add("t", torch.zeros(4))
-    assert (tmp_path / "link").is_symlink()
-    assert entries(tmp_path / "real") == ["model.safetensors"]
-    assert entries(tmp_path) == ["link", "real"]
-
-
-def test_output_is_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
-    monkeypatch.chdir(here)
-    with ShardWriter(Path()) as writer:
-        writer.add("t", torch.zeros(4))
-    assert entries(here) == ["model.safetensors"]
-    assert entries(tmp_path) == ["here"]
-
-
-def test_parents_are_made(tmp_path: Path) -> None:
-    with ShardWriter(tmp_path / "a" / "b" / "out") as writer:
-        writer.add("t", torch.zeros(4))
-    assert entries(tmp_path / "a" / "b") == ["out"]
-
-
-def test_output_that_is_taken(tmp_path: Path) -> None:
-    folder, file = tmp_path / "folder", tmp_path / "file"
-    folder.mkdir()
-    (folder / "x").touch()
-    file.touch()
-    for out in (folder, file):
-        for refused in (lambda out=out: check_free(out), ShardWriter(out).__enter__):
-            refuse(refused, out, "exists and is not an empty folder")
-    refuse(ShardWriter(file / "below").__enter__, "cannot write to", file)
-    assert entries(tmp_path) == ["file", "folder"]
-    check_free(tmp_path / "new")
-
-
-def test_output_that_was_taken_meanwhile(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-
-    def late() -> None:
-        with ShardWriter(out) as writer:
-            writer.add("t", torch.zeros(4))
-            out.mkdir()
-            (out / "theirs").touch()
-
-    refuse(late, f"writing {out} failed")
-    assert entries(tmp_path) == ["out"] and entries(out) == ["theirs"]
-
-
-def test_output_with_a_name_no_disk_takes(tmp_path: Path) -> None:
-    refuse(ShardWriter(tmp_path / ("x" * 300)).__enter__, "File name too long")
-    assert entries(tmp_path) == []
-
-
-def test_output_that_is_a_mounted_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It cannot be renamed to: better said before the work than after it."""
-    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path)
-    refuse(lambda: check_free(tmp_path), "a disk is mounted at", tmp_path)
-
-
-@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
-def test_modes_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
-    out = tmp_path / "out"
-    old = os.umask(umask)
-    try:
-        with ShardWriter(out, shard_bytes=1) as writer:
-            writer.add("a", torch.zeros(4))
-            writer.add("b", torch.zeros(4))
-            writer.write_json("config.json", {})
-    finally:
-        os.umask(old)
-    assert len(entries(out)) == 4
-    assert {stat.S_IMODE(path.stat().st_mode) for path in out.iterdir()} == {mode}
-    assert stat.S_IMODE(out.stat().st_mode) == 0o777 & ~umask
-
-
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-import torch
-torch.set_num_threads(1)
-from salience.checkpoint import ShardWriter
-from salience.errors import SalienceError
-
-step, out = sys.argv[1], Path(sys.argv[2])
-resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-try:
-    with ShardWriter(out, shard_bytes=10_000 if step == "shard" else 2**20) as writer:
-        writer.add("small", torch.zeros(2500))  # 10 kB: fits
-        if step != "json":
-            writer.add("large", torch.zeros(10_000))
-        else:
-            writer.write_json("config.json", {"x": "y" * 40_000})
-except SalienceError as error:
-    print(error)
-    sys.exit(error.exit_code)
-"""
-
-
-@pytest.mark.parametrize("step", ["shard", "finish", "json"])
-def test_full_disk(tmp_path: Path, step: str) -> None:
-    """The limit on a file's size fails a write in the middle, as a full disk does."""
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, step, str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (2, "")
-    assert done.stdout.startswith(f"writing {out} failed: ")
-    assert len(done.stdout.splitlines()) == 1
-    assert entries(tmp_path) == []
-
-
-def test_disk_errors() -> None:
-    def fail() -> None:
-        with disk_errors(Path("out")):
-            raise OSError(28, "No space left on device")
-
-    refuse(fail, "writing out failed: [Errno 28] No space left on device")
-
-
-def test_check_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("salience.checkpoint.free_disk_bytes", lambda _path: 3 * 2**20)
-    check_disk(tmp_path, 3 * 2**20)
-    refuse(
-        lambda: check_disk(tmp_path, 5 * 2**20),
-        *(tmp_path, "has 3 MiB free and the checkpoint needs 5 MiB"),
-    )
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[1]", b"null", b"\xff", b'{"a": 1} x'])

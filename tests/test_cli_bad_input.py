@@ -16,7 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import salience.engine
 from helpers_bad import QUICK, save_llama
+from salience.calibration import Calibration
 from salience.checkpoint import INDEX_NAME
 from salience.cli.app import main
 
@@ -58,6 +60,26 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], o
         assert stdout == ""
         assert stop.value.code == status
         assert sorted(out.parent.rglob("*")) == before
+        return stderr
+
+    return run
+
+
+@pytest.fixture
+def refuse_partly(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], out: Path
+) -> Run:
+    """As `refuse`, of what can be continued: OUT.partial is left, and nothing else."""
+
+    def run(*args: object, status: int = 2) -> str:
+        monkeypatch.setattr(sys, "argv", ["salience", *map(str, args)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main()
+        stdout, stderr = capfd.readouterr()
+        assert stderr.startswith("error: ") and stderr.count("\n") == 1
+        assert (stdout, stop.value.code) == ("", status)
+        assert [path.name for path in out.parent.iterdir()] == [f"{out.name}.partial"]
         return stderr
 
     return run
@@ -118,13 +140,15 @@ def test_no_group_size_fits(refuse: Run, tmp_path: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w4", "int4", "w9g32", "w4g0", "", "w4g32 "])
-def test_unknown_scheme(quantize: Run, scheme: str) -> None:
+def test_unknown_scheme(quantize: Run, refuse: Run, model: Path, scheme: str) -> None:
     assert f"scheme {scheme!r} is not understood" in quantize("--scheme", scheme)
+    assert f"scheme {scheme!r} is not understood" in refuse("plan", model, "--scheme", scheme)
 
 
 def test_scheme_the_format_does_not_hold(quantize: Run) -> None:
     line = quantize("--format", "awq", "--scheme", "w3g32")
-    assert "--format awq holds 4-bit codes, not w3g32; use --scheme w4g32" in line
+    assert "--format awq holds 4-bit codes, not w3g32 as model.layers.0." in line
+    assert line.endswith("wants; use --scheme w4g32, or --format compressed-tensors\n")
     assert "w4channel does not fit linears of different widths" in quantize("--scheme", "w4channel")
 
 
@@ -338,14 +362,14 @@ def test_output_that_cannot_be_made(
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", denied)
-    assert f"cannot write to {out.parent}: Permission denied" in quantize()
+    assert f"cannot write to {out}.partial: Permission denied" in quantize()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_output_that_may_not_be_written(quantize: Run, out: Path) -> None:
     out.parent.chmod(0o555)
     try:
-        assert f"cannot write to {out.parent}: Permission denied" in quantize()
+        assert f"cannot write to {out}.partial: Permission denied" in quantize()
     finally:
         out.parent.chmod(0o755)
 
@@ -354,7 +378,7 @@ def test_no_disk_space(quantize: Run, out: Path, monkeypatch: pytest.MonkeyPatch
     usage = shutil.disk_usage(out.parent)._replace(free=1000)
     monkeypatch.setattr("salience.machine.shutil.disk_usage", lambda _path: usage)
     line = quantize()
-    assert f"the disk of {out} has 0 MiB free and the checkpoint needs" in line
+    assert f"the disk of {out} has 0 MiB free and the work needs" in line
 
 
 def test_plan_without_disk_space(
@@ -378,13 +402,152 @@ def test_plan_without_disk_space(
 
 
 def test_disk_that_fills_up_at_the_last_files(
-    quantize: Run, out: Path, monkeypatch: pytest.MonkeyPatch
+    refuse_partly: Run, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What is done is kept, and the same command goes on when there is room."""
+
     def full(self: Path, data: bytes) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    assert f"writing {out} failed: [Errno 28] No space left on device" in quantize()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        line = refuse_partly("quantize", model, "-o", out, *QUICK)
+    assert f"writing {out}.partial/final failed: [Errno 28] No space left on device" in line
+    goes_on(monkeypatch, model, out)
+
+
+def goes_on(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path) -> None:
+    """The same command ends well, and does no block again."""
+    solve = salience.engine.solve
+    with monkeypatch.context() as patch:
+        patch.setattr(salience.engine, "solve", lambda *_args: pytest.fail("a block again"))
+        patch.setattr(sys, "argv", ["salience", "quantize", str(model), "-o", str(out), *QUICK])
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code and salience.engine.solve is solve
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+
+
+def interrupted(*_args: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_interrupt(
+    model: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["salience", "quantize", str(model), "-o", str(out), *QUICK])
+    with monkeypatch.context() as patch:
+        patch.setattr("salience.pipeline.assemble", interrupted)
+        with pytest.raises(SystemExit) as end:
+            main()
+    stdout, stderr = capfd.readouterr()
+    assert (end.value.code, stdout) == (130, "")
+    assert stderr == "interrupted; what can be continued goes on with the same command\n"
+    assert [path.name for path in out.parent.iterdir()] == ["out.partial"]
+    goes_on(monkeypatch, model, out)
+
+
+def test_another_command_does_not_go_on(
+    model: Path,
+    out: Path,
+    refuse_partly: Run,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("salience.pipeline.assemble", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            salience.quantize(
+                str(model), out, scheme="w4g32", calibration=Calibration(samples=2, seqlen=16)
+            )
+    line = refuse_partly("quantize", model, "-o", out, *QUICK, "--scheme", "w4g64")
+    assert f"{out}.partial was begun with --scheme w4g32, now it is w4g64; use that, or d" in line
+    line = refuse_partly("quantize", model, "-o", out, *QUICK, "--method", "gptq")
+    assert f"{out}.partial was begun with --method awq, now it is gptq" in line
+    goes_on(monkeypatch, model, out)
+
+
+# Recipes, memory, searches.
+
+
+@pytest.mark.parametrize("rule", ["mlp", "", "w4g32"])
+def test_rule_without_a_scheme(quantize: Run, refuse: Run, model: Path, rule: str) -> None:
+    for line in (quantize("--rule", rule), refuse("plan", model, "--rule", rule)):
+        assert f'--rule {rule!r} is not understood; write it "REGEX=SCHEME"' in line
+
+
+def test_rules(quantize: Run, refuse: Run, model: Path) -> None:
+    assert "scheme 'w4' is not understood" in quantize("--rule", "mlp=w4")
+    assert "scheme '' is not understood" in quantize("--rule", "mlp=")
+    assert "pattern '(' is no regular expression" in quantize("--rule", "(=w4g32")
+    assert "pattern 'norm' matches no linear of the model" in quantize("--rule", "norm=w4g32")
+    line = quantize("--rule", "mlp=w4g64")
+    assert "--format awq stores one scheme for all linears, not w4g32 and w4g64" in line
+    line = quantize("--rule", "o_proj=w8g32")
+    assert "--format awq holds 4-bit codes, not w8g32 as model.layers.0.self_attn.o_proj" in line
+    line = quantize("--format", "compressed-tensors", "--rule", "down_proj=w8g256")
+    assert "group size 256 does not divide the 128 inputs of model.layers.0.mlp.down_proj" in line
+    line = refuse("plan", model, "--scheme", "w4g32", "--rule", "norm=w4g32")
+    assert "pattern 'norm' matches no linear of the model" in line
+
+
+@pytest.mark.parametrize("option", ["--skip", "--only"])
+def test_patterns(quantize: Run, refuse: Run, model: Path, option: str) -> None:
+    assert "pattern '[' is no regular expression" in quantize(option, "[")
+    assert "pattern 'q_prj' matches no linear of the model" in quantize(option, "q_prj")
+    line = refuse("plan", model, "--scheme", "w4g32", option, "q_prj")
+    assert "pattern 'q_prj' matches no linear of the model" in line
+    assert "leave no linear to quantize" in quantize("--skip", "", "--only", "mlp")
+
+
+@pytest.mark.parametrize("size", ["", "8", "GiB", "-1GiB", "0GB", "eight GiB", "8 bytes", "1e3MB"])
+def test_memory_that_is_no_size(quantize: Run, refuse: Run, model: Path, size: str) -> None:
+    for line in (
+        quantize(f"--max-memory={size}"),
+        refuse("plan", model, "--scheme", "w4g32", f"--max-memory={size}"),
+    ):
+        assert f"size {size!r} is not understood; write it like 8GiB or 500MB" in line
+
+
+def test_memory_that_does_not_suffice(quantize: Run) -> None:
+    line = quantize("--max-memory", "1MiB", status=3)
+    assert "GiB on cpu and has 0.0 GiB; use a shorter --seqlen, --method rtn or a larger" in line
+    line = quantize("--max-memory", "1 mb", "--method", "rtn", status=3)
+    assert "use --method rtn or a larger --max-memory" in line
+
+
+def test_efforts_and_methods(quantize: Run) -> None:
+    for method in ("gptq", "rtn", "nf4"):
+        line = quantize("--effort", "balanced", "--method", method)
+        assert f"--effort balanced is for --method awq, not {method}" in line
+    assert "--method awq makes no nf4; use --method nf4" in quantize("--scheme", "nf4")
+    assert "--method nf4 makes no w4g32; use --scheme nf4" in quantize("--method", "nf4")
+    assert "best" in quantize("--effort", "best")
+    assert "magic" in quantize("--method", "magic")
+    line = quantize("--method", "nf4", "--scheme", "nf4", "--format", "awq")
+    assert "--format awq holds 4-bit codes, not nf4" in line and "--format bitsandbytes" in line
+    assert "--format bitsandbytes holds nf4, not w4g32" in quantize("--format", "bitsandbytes")
+
+
+def test_search_files(quantize: Run, model: Path, out: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there.safetensors"
+    assert f"search file {there} does not exist" in quantize("--from-search", there)
+    there.write_bytes(b"nonsense")
+    line = quantize("--from-search", there)
+    assert f"{there} is damaged or no search file" in line
+    line = quantize("--from-search", model / "model.safetensors")
+    assert "model.safetensors is no search file; make one with --save-search" in line
+    assert f"{there} exists; name another file" in quantize("--save-search", there)
+    nowhere = tmp_path / "no" / "x"
+    assert f"the folder of {nowhere} does not exist; make it first" in (
+        quantize("--save-search", nowhere)
+    )
+    for text in (b"", b"nonsense", b"\x80\x04K\x01."):
+        (tmp_path / "theirs.pt").write_bytes(text)
+        line = quantize("--from-search", tmp_path / "theirs.pt")
+        assert f"{tmp_path / 'theirs.pt'} is no search result of llm-awq" in line
 
 
 # Calibration.
@@ -520,17 +683,18 @@ def test_script(model: Path, out: Path) -> None:
     assert list(out.parent.iterdir()) == []
 
 
-def test_full_disk_in_a_process(model: Path, out: Path) -> None:
-    """The limit on a file's size fails the write of the weights."""
-    limit = (50_000, 50_000)
+def test_full_disk_in_a_process(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit on a file's size fails the write of the weights; what was done before is kept."""
+    limit = (60_000, 60_000)
     done = run(
         *("quantize", model, "-o", out, *QUICK),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
     )
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"error: writing {out} failed: ")
+    assert done.stderr.startswith(f"error: writing {out}.partial/final failed: ")
     assert done.stderr.count("\n") == 1
-    assert list(out.parent.iterdir()) == []
+    assert [path.name for path in out.parent.iterdir()] == ["out.partial"]
+    goes_on(monkeypatch, model, out)
 
 
 def test_no_warnings_beside_the_error(model: Path, out: Path) -> None:

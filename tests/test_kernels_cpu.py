@@ -154,7 +154,7 @@ def test_each_processor_kind(kind: str) -> None:
         (Scheme(4, -1), CPU, 512, 64),
         (Scheme(4, 128), CPU, 192, 64),
         (Scheme(4, 128), CPU, 256, 40),
-        (Scheme(4, 64, codebook="nf4"), CPU, 256, 64),
+        (Scheme.parse("nf4"), CPU, 256, 64),
         (Scheme(4, 128), torch.device("cuda"), 256, 64),
         (Scheme(4, 128), torch.device("meta"), 256, 64),
     ],

@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,14 @@ from transformers import (
 )
 
 import salience
-from salience import block, pipeline
+from salience import assemble as assembling
+from salience import block, engine, pipeline
 from salience.calibration import Calibration
-from salience.errors import SalienceError
+from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.formats import AutoAwq
-from salience.methods import awq as awq_method
+from salience.grid import Grid
+from salience.journal import Journal
+from salience.methods import Problem
 from salience.report import Report
 from salience.structure import find_blocks
 from tiny_models import (
@@ -159,7 +163,10 @@ def test_report(awq: tuple[Path, Report], llama: Path, text_file: Path) -> None:
     }
     assert report.bits_per_weight == 4 + 20 / 32
     assert report.kept_modules == ["lm_head"]
-    assert {"statistics", "structure", "search", "write"} == set(report.phase_seconds)
+    phases = {"read", "statistics", "structure", "search", "write"}
+    assert set(report.phase_seconds) == phases
+    assert report.effort == "fast"
+    assert report.options == {"scheme": "w4g32", "rules": [], "skip": [], "only": []}
     assert 0 < sum(report.phase_seconds.values()) <= report.seconds
     assert report.peak_rss_bytes > 2**20
     assert len(report.linears) == 21 and len({linear.name for linear in report.linears}) == 21
@@ -250,17 +257,24 @@ def fill_buffers(model: Any) -> None:
 def folded_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have quantize() write the folded float weights and leave the codes out."""
 
-    def write_block(_job: Any, writer: Any, block: Any, name: str, _coded: Any) -> None:
-        for local, parameter in block.named_parameters():
-            writer.add(f"{name}.{local}", parameter)
+    def save(self: Any, index: int, loaded: Any, solved: Any, seconds: float) -> None:
+        right(self, index, loaded, solved, seconds)
+        tensors = {}
+        for local, parameter in loaded.module.named_parameters():
+            name = loaded.full(local)
+            job = self._job
+            tensors |= engine.stored_tensors(job.skeleton, job.weights, name, parameter)
+        record = self._journal.record(index)
+        self._journal.save_block(index, tensors, record)
 
     def config(job: Any) -> dict[str, Any]:
         values: dict[str, Any] = json.loads((job.source.path / "config.json").read_text())
         return values
 
-    monkeypatch.setattr(pipeline, "_write_block", write_block)
-    monkeypatch.setattr(pipeline, "_config", config)
-    monkeypatch.setattr(pipeline, "_half", lambda tensor, _name: tensor)
+    right = engine._Engine._save
+    monkeypatch.setattr(engine._Engine, "_save", save)
+    monkeypatch.setattr(assembling, "_config", config)
+    monkeypatch.setattr(assembling, "to_half", lambda tensor, _name: tensor)
 
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {
@@ -376,13 +390,15 @@ def test_linear_that_the_method_does_not_help(
     llama: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A search that clips nearly all away is not believed."""
-    right = awq_method.search_clip
+    right = pipeline.get_method("awq")
 
-    def narrow(weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-        lo, hi = right(weight, *rest)
-        return (lo / 9, hi / 9) if weight.shape == (128, 64) else (lo, hi)
+    def narrow(problem: Problem) -> Grid:
+        found = right.grids(problem)
+        scales = (found.scales / 9).half() if problem.weight.shape[1:] == (256, 64) else None
+        return found if scales is None else found._replace(scales=scales)
 
-    monkeypatch.setattr(awq_method, "search_clip", narrow)
+    method = replace(right, grids=narrow)
+    monkeypatch.setattr(pipeline, "get_method", lambda *_args: method)
     report = salience.quantize(
         str(llama), tmp_path / "out", scheme="w4g32", calibration=calibration
     )
@@ -426,38 +442,67 @@ def test_progress(llama: Path, calibration: Calibration, tmp_path: Path) -> None
         calibration=calibration,
         progress=lambda *call: calls.append(call),
     )
-    assert calls == [("block", done, 3) for done in range(4)]
+    expected = [("block", done, 3) for done in range(4)] + [("shard", done, 3) for done in range(3)]
+    assert calls == expected
 
 
-@pytest.mark.parametrize("step", ["quantize_block", "_write_rest", "_discover", "_config"])
-def test_a_failure_leaves_nothing(
-    step: str,
+# Where a run may stop: at its first or second call of something.
+STEPS = [
+    (engine, "solve"),
+    (engine, "discover_folds"),
+    (engine, "stored_tensors"),
+    (Journal, "save_block"),
+    (pipeline, "collect"),
+    (assembling, "_config"),
+    (assembling, "ShardWriter"),
+    (Journal, "publish"),
+]
+
+
+@pytest.mark.parametrize("owner_step", STEPS, ids=lambda step: step[1])
+@pytest.mark.parametrize(
+    ("kind", "left"),
+    [
+        (SalienceError, False),
+        (KeyboardInterrupt, True),
+        (StorageError, True),
+        (DoesNotFitError, True),
+        (RuntimeError, True),
+    ],
+)
+def test_a_failure_leaves_nothing_or_what_can_be_continued(
+    owner_step: tuple[Any, str],
+    kind: type[BaseException],
+    left: bool,
+    awq: tuple[Path, Report],
     llama: Path,
     calibration: Calibration,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    right, calls = getattr(pipeline, step), []
+    """Bad input leaves nothing; from all else the same call goes on, to the same bytes."""
+    owner, step = owner_step
+    right, calls = getattr(owner, step), []
 
-    def fail_second(*args: Any) -> Any:
+    def fail_late(*args: Any, **named: Any) -> Any:
         calls.append(args)
-        if step == "quantize_block" and len(calls) < 5:
-            return right(*args)
-        raise KeyboardInterrupt
+        if len(calls) < 2 and step in ("solve", "stored_tensors", "save_block"):
+            return right(*args, **named)
+        raise kind("stop")
 
-    monkeypatch.setattr(pipeline, step, fail_second)
-    if step == "quantize_block":
-        monkeypatch.setattr(pipeline, "SHARD_BYTES", 1)  # so that files were written before
     out = tmp_path / "deep" / "out"
-    config = {"scheme": "w4g32", "calibration": calibration}
-    if step == "quantize_block":
-        source = save(make_model(llama_config(num_hidden_layers=6)), tmp_path / "six")
-    else:
-        source = llama
-    with pytest.raises(KeyboardInterrupt):
-        salience.quantize(str(source), out, **config)  # type: ignore[arg-type]
+    config: dict[str, Any] = {"scheme": "w4g32", "calibration": calibration}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, step, fail_late)
+        with pytest.raises(kind, match="stop"):
+            salience.quantize(str(llama), out, **config)
     assert calls
-    assert list(out.parent.iterdir()) == []
+    rest = out.parent / "out.partial"
+    assert list(out.parent.iterdir()) == ([rest] if left else [])
+    assert not (rest / "published").exists()
+    report = salience.quantize(str(llama), out, **config)
+    assert list(out.parent.iterdir()) == [out]
+    same_files(awq[0], out)
+    assert report.linears == awq[1].linears and report.folds == awq[1].folds
 
 
 def test_shards(
@@ -467,7 +512,8 @@ def test_shards(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "SHARD_BYTES", 40_000)
+    small = partial(assembling.ShardWriter, shard_bytes=40_000)
+    monkeypatch.setattr(assembling, "ShardWriter", small)
     out = tmp_path / "shards"
     salience.quantize(str(llama), out, scheme="w4g32", calibration=calibration)
     shards = sorted(out.glob("model-*.safetensors"))
@@ -487,14 +533,14 @@ def test_fold_that_fails_on_real_text_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fold with a wrong index, as if the probe had been misled."""
-    right = pipeline.discover_folds
+    right = engine.discover_folds
 
     def misled(*args: Any) -> Any:
         folds = right(*args)
         folds[0].index.copy_(folds[0].index.roll(1))
         return folds
 
-    monkeypatch.setattr(pipeline, "discover_folds", misled)
+    monkeypatch.setattr(engine, "discover_folds", misled)
     report = salience.quantize(
         str(llama), tmp_path / "out", scheme="w4g32", calibration=calibration
     )
@@ -630,8 +676,19 @@ def test_gguf_source(llama: Path, calibration: Calibration, tmp_path: Path) -> N
 def test_bad_options(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for options, message in (
-        ({"effort": "best"}, "effort 'best' is not available"),
-        ({"method": "gptq"}, "there is no method 'gptq'"),
+        ({"effort": "best"}, "there is no effort 'best'"),
+        ({"method": "magic"}, "there is no method 'magic'"),
+        ({"method": "gptq", "effort": "balanced"}, "--effort balanced is for --method awq, not"),
+        ({"method": "nf4", "scheme": "w4g32"}, "--method nf4 makes no w4g32"),
+        ({"scheme": "nf4"}, "--method awq makes no nf4"),
+        ({"scheme": "w4g32", "rules": [("nothing", "w8g32")]}, "'nothing' matches no linear"),
+        ({"scheme": "w4g32", "rules": [("mlp", "w8")]}, "scheme 'w8' is not understood"),
+        ({"scheme": "w4g32", "skip": ["("]}, r"pattern '\(' is no regular expression"),
+        ({"scheme": "w4g32", "only": ["model"], "skip": ["model"]}, "leave no linear to quantize"),
+        ({"scheme": "w4g32", "rules": [("mlp", "w4g64")]}, "--format awq stores one scheme"),
+        ({"scheme": "w4g32", "max_memory": 1000}, "use a shorter --seqlen, --method rtn or a lar"),
+        ({"scheme": "w4g32", "save_search": tmp_path / "no" / "x"}, "the folder of .* does not ex"),
+        ({"from_search": tmp_path / "no"}, "search file .* does not exist"),
         ({"format": "gguf"}, "there is no format 'gguf'"),
         ({"scheme": "w4g48"}, "group size 48 does not divide"),
         ({"scheme": "w3g32"}, "--format awq holds 4-bit codes"),

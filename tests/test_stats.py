@@ -89,12 +89,15 @@ def test_update_keeps_its_input_and_no_graph() -> None:
     assert torch.equal(x.detach(), before) and not found.gram.requires_grad
 
 
-def test_scaled_is_the_moment_of_divided_inputs() -> None:
-    x, divisor = inputs(50), torch.logspace(1, -1, WIDTH)
-    found = moment(x)
-    before = found.gram.clone()
-    same(found.scaled(divisor), moment(x / divisor))
-    assert torch.equal(found.gram, before)
+def test_output_error_of_a_batch() -> None:
+    random = torch.Generator().manual_seed(4)
+    moments = [moment(inputs(30, seed)) for seed in (5, 6)]
+    difference = torch.randn(2, 10, WIDTH, generator=random) / torch.logspace(-2, 2, WIDTH)
+    found = output_error(difference, torch.stack([m.second for m in moments]))
+    for part, each, m in zip(found, difference, moments, strict=True):
+        torch.testing.assert_close(part, output_error(each, m.second))
+    alone = output_error(difference, None)
+    torch.testing.assert_close(alone, output_error(difference, torch.eye(WIDTH).expand(2, -1, -1)))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 200])

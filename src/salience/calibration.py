@@ -288,10 +288,17 @@ def _unpacking() -> Iterator[None]:
 
 
 class _Stub(Tensor):
-    """A stub's hidden states: without this, a batch of two would be unpacked as two results."""
+    """A stub's hidden states.
+
+    Without this, a batch of two would be unpacked as two results, and the first sequence taken for
+    the first of them.
+    """
 
     def __iter__(self) -> Any:
         raise _UnpackedError
+
+    def __getitem__(self, index: Any) -> Any:
+        return self if type(index) is int and index == 0 else super().__getitem__(index)
 
 
 class _Unknown:

@@ -32,6 +32,25 @@ from salience.writer import check_free, disk_errors, replacing, sync, write_json
 _CONTINUABLE = (StorageError, DoesNotFitError)
 
 
+def check_output(out: Path) -> None:
+    """Refuse an output that is taken, and not by a run that was killed while it published.
+
+    Raises:
+        SalienceError: see `check_free`.
+    """
+    out = out.resolve()
+    if not _published(out).exists():
+        check_free(out)
+
+
+def _folder(out: Path) -> Path:
+    return out.parent / f"{out.name}.partial"
+
+
+def _published(out: Path) -> Path:
+    return _folder(out) / "published"
+
+
 class Journal:
     """The folder beside an output that is being made. Use as a context manager.
 
@@ -46,15 +65,14 @@ class Journal:
 
     def __init__(self, out: Path, job: Mapping[str, Any]) -> None:
         self.out = out.resolve()  # a link or "." cannot be renamed to
-        self.folder = self.out.parent / f"{self.out.name}.partial"
+        self.folder = _folder(self.out)
         self.final = self.folder / "final"
-        self._published = self.folder / "published"
+        self._published = _published(self.out)
         self._job = dict(job)
         self._lock = FileLock(self.folder / "lock", timeout=0)
 
     def __enter__(self) -> "Journal":
-        if not self._published.exists():
-            check_free(self.out)
+        check_output(self.out)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()

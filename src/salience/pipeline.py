@@ -23,7 +23,7 @@ from salience.calibration import Calibration
 from salience.engine import run_blocks
 from salience.formats import get_format
 from salience.job import Job, Progress, identity
-from salience.journal import Journal
+from salience.journal import Journal, check_output
 from salience.loading import read_tensor, resolve_device
 from salience.machine import peak_rss_bytes
 from salience.methods import check_method, default_format, default_scheme, get_method
@@ -90,22 +90,24 @@ def quantize(
     """
     start = time.perf_counter()
     target = Path(out)
+    check_output(target)  # before anything is fetched or read
     search = open_search(Path(from_search)) if from_search is not None else None
     made = search.info if search is not None else {}
-    method = method or str(made.get("method", "awq"))
-    effort = effort or str(made.get("effort", "fast"))
+    method = str(made.get("method", "awq")) if method is None else method
+    effort = str(made.get("effort", "fast")) if effort is None else effort
     chosen = get_method(method, effort)
-    format = format or default_format(method)
+    format = default_format(method) if format is None else format
     place = resolve_device(device)
     source = open_source(model, trust_remote_code)
     skeleton = source.skeleton()
     prefix, blocks = find_blocks(skeleton)
     rest = tuple((pattern, _scheme(each)) for pattern, each in rules)
-    recipe = Recipe(_scheme(scheme or default_scheme(method)), rest, tuple(skip), tuple(only))
+    wanted = _scheme(default_scheme(method) if scheme is None else scheme)
+    recipe = Recipe(wanted, rest, tuple(skip), tuple(only))
     schemes: Mapping[str, Scheme] = recipe.resolve(list(linears(skeleton)), prefix)
     if search is not None:
         # The search knows; what is said beside it can only agree.
-        given = schemes if (scheme or rules or skip or only) else None
+        given = None if scheme is None and not (rules or skip or only) else schemes
         schemes = search.schemes_for(schemes, given)
         chosen = search.method(chosen)
     job = Job(

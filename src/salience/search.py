@@ -60,7 +60,7 @@ def search_tensors(block: str, digest: str, solved: SolvedBlock) -> dict[str, Te
     for choice in solved.scales:
         key = _SEPARATOR.join((block, choice.fold.prev, choice.fold.sinks[0], "scales"))
         tensors[key] = choice.scales
-        exponents = torch.tensor([choice.alpha, choice.beta])
+        exponents = torch.tensor([choice.alpha, choice.beta], dtype=torch.float64)
         tensors[key.replace("|scales", "|exponents")] = exponents
     for name, coded in solved.linears.items():
         tensors[f"{prefix}{name}|grid_scales"] = coded.grid.scales

@@ -25,6 +25,7 @@ app = typer.Typer(
 
 # The base of what typer raises for wrong options: click's, or in newer versions its own copy of it.
 _WrongUseError: type[Any] = typer.BadParameter.__mro__[2]
+_INTERRUPTED = 130  # the exit status that shells give Ctrl-C
 
 
 class MethodName(str, Enum):
@@ -128,7 +129,7 @@ def plan(
     source = open_source(model, trust_remote_code)
     skeleton = source.skeleton()
     recipe = Recipe(
-        Scheme.parse(scheme or default_scheme(name)),
+        Scheme.parse(default_scheme(name) if scheme is None else scheme),
         _rules(rule),
         tuple(skip or ()),
         tuple(only or ()),
@@ -373,14 +374,17 @@ def main() -> None:
     # Transformers' warnings are for programmers, and stderr is for one line.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        sys.exit(app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0)
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False) or 0
     except _WrongUseError as error:
         _fail(f"{error.format_message()} (see --help)", 2)
     except SalienceError as error:
         _fail(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
+        status = _INTERRUPTED
+    # Some versions of typer raise, others return this.
+    if status == _INTERRUPTED:
         print("interrupted; what can be continued goes on with the same command", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(status)
 
 
 def _fail(message: str, status: int) -> None:

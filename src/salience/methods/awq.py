@@ -71,8 +71,8 @@ def search_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | N
     weights = weights.to(scales.device)
     plain = _scaled_errors(some, scales) * weights
     best = plain.sum(-1)
-    exponents = torch.zeros(len(best), 2, device=best.device)
-    for alpha, beta in EXPONENTS[1:]:
+    chosen = torch.zeros(len(best), dtype=torch.int64, device=best.device)
+    for index, (alpha, beta) in enumerate(EXPONENTS[1:], start=1):
         tried = activation**alpha / room**beta
         tried = tried / (tried.amax(-1, keepdim=True) * tried.amin(-1, keepdim=True)).sqrt()
         errors = _scaled_errors(some, tried) * weights
@@ -81,14 +81,13 @@ def search_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | N
         better &= torch.isfinite(tried).all(-1)
         best = torch.where(better, total, best)
         scales = torch.where(better[:, None], tried, scales)
-        exponents[better] = torch.tensor((alpha, beta), device=best.device)
+        chosen[better] = index
     # What a part of the rows promised must hold for all of them.
     worse = _scaled_errors(problems, scales) > _scaled_errors(problems, torch.ones_like(scales))
-    exponents[worse.any(-1)] = 0
-    chosen = exponents.tolist()
+    chosen[worse.any(-1)] = 0
     return [
-        FoldScale(fold, scales[i], alpha, beta) if alpha or beta else None
-        for i, (alpha, beta) in enumerate(chosen)
+        FoldScale(fold, scales[i], *EXPONENTS[index]) if index else None
+        for i, index in enumerate(chosen.tolist())
     ]
 
 
