@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 import salience
-from salience.calibration import Calibration, block_inputs, run_block
+from salience.calibration import Calibration, record_inputs, run_block
 from salience.errors import SalienceError
 from salience.formats import AutoAwq
 from salience.structure import (
@@ -47,10 +47,18 @@ def float_model(name: str) -> Any:
 def folds_of(model: Any) -> Found:
     """Groups, folds, and why there is none, of each block."""
     _, blocks = find_blocks(model)
-    inputs = block_inputs(model, blocks, random_tokens(2, 16), 2, torch.device("cpu"))
+    hidden: list[torch.Tensor] = []
+    arguments = record_inputs(
+        model,
+        blocks,
+        random_tokens(2, 16),
+        2,
+        torch.device("cpu"),
+        lambda _, part: hidden.append(part),
+    )
     found = {}
     for index, block in enumerate(blocks):
-        run = partial(run_block, block, inputs.hidden, inputs.arguments[index])
+        run = partial(run_block, block, hidden[0], arguments.of(index, 0))
         groups = sink_groups(block, run)
         found[index] = (groups, *search_folds(block, run, groups))
     return found

@@ -33,7 +33,7 @@ from salience.journal import Journal
 from salience.loading import set_tensor
 from salience.machine import fast_matmul, peak_rss_bytes
 from salience.report import BlockReport
-from salience.search import search_tensors
+from salience.search_files import search_tensors
 from salience.stats import SecondMoment
 from salience.structure import Fold, discover_folds, linears, sink_groups, weight_of
 
@@ -152,6 +152,7 @@ class _Engine:
             job.progress("replay", index, first)
             with job.loaded(index) as block:
                 self._forward(block, index, {})
+            self._journal.forget_hidden(index + 1)
 
     def _solve(self, indices: range, done: int) -> None:
         job, began = self._job, time.perf_counter()
@@ -176,11 +177,13 @@ class _Engine:
         """A block's structure and moments; the hidden states move past it."""
         job, name = self._job, self._job.block_name(index)
         if job.search is not None:
-            job.search.check(name, job.digest(index))
+            job.search.check_weights(name, job.digest(index))
         if self._probe is None:
             return LoadedBlock(name, block, self._plain_structure(block), {})
         with job.phase("structure"):
             structure = self._structure(block, index)
+        if job.search is not None:
+            job.search.check_folds(name, structure.folds)
         probe = self._probe
         if self._hidden is None:
             run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
@@ -299,8 +302,8 @@ class _Engine:
             "folds": [_describe(fold) for fold in block.structure.folds] if first else [],
         }
         if job.save_search:
-            digest = job.digest(index) if index < len(job.blocks) else ""
-            self._journal.save_search(index, search_tensors(block.name, digest, solved))
+            found = search_tensors(block.name, job.digest(index), solved)
+            self._journal.save_search(index, found)
         self._journal.save_block(index, tensors, record)
 
     def _first(self, kind: tuple[object, ...]) -> int:
@@ -324,6 +327,8 @@ class _Engine:
             with job.phase("statistics"), _embeddings(job), fast_matmul():
                 for part in range(hidden.parts):
                     run_tail(job.skeleton, job.blocks, tokens, hidden.get(part), _adder(moments))
+        if job.search is not None:
+            job.search.check_weights("", job.digest(count))
         holder = _Outside(job)
         structure = Structure([(name,) for name in job.outside], [])
         block = LoadedBlock("", holder, structure, moments)

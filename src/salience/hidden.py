@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from salience.journal import Journal
-from salience.writer import disk_errors
+from salience.writer import disk_errors, sync
 
 SAVE_SECONDS = 60.0
 
@@ -90,4 +90,5 @@ class HiddenStates:
             with growing.open("ab" if part else "wb") as stream:
                 stream.write(hidden.float().cpu().contiguous().numpy().data)
             if part == self.parts - 1:
+                sync(growing)
                 growing.rename(file)

@@ -128,11 +128,18 @@ class Job:
                 set_tensor(block, local, torch.empty_like(parameter, device="meta"))
 
     def digest(self, index: int) -> str:
-        """A hash of a block's stored weights."""
+        """A hash of a block's stored weights; after the last block, of the linears in no block."""
+        if index < len(self.blocks):
+            parameters = dict(self.blocks[index].named_parameters())
+            names = {local: f"{self.block_name(index)}.{local}" for local in parameters}
+        else:
+            stored = {id(p): name for name, p in self.skeleton.named_parameters()}
+            names = {
+                name: stored[id(self.skeleton.get_submodule(name).weight)] for name in self.outside
+            }
         total = hashlib.sha256()
-        name = self.block_name(index)
-        for local, _ in self.blocks[index].named_parameters():
-            tensor = self.weights.tensor(f"{name}.{local}")
+        for local, name in names.items():
+            tensor = self.weights.tensor(name)
             total.update(f"{local} {list(tensor.shape)} {tensor.dtype}".encode())
             total.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         return total.hexdigest()
@@ -143,10 +150,15 @@ def identity(
 ) -> dict[str, Any]:
     """All that decides the bytes of the result, by the name a user knows it by."""
     text = None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    search = {}
+    if job.search is not None:
+        status = job.search.path.stat()
+        search = {"the file of --from-search": f"{status.st_size} bytes of {status.st_mtime_ns}"}
     threads = torch.get_num_threads() if job.device.type == "cpu" else None
     return {
         **options,
         **{f"--{key}": value for key, value in recipe.describe().items()},
+        **search,
         "the calibration tokens": text,
         "--device": job.device.type,
         "the number of threads": threads,

@@ -7,8 +7,10 @@ Beside the output OUT, until it is whole, lies the folder OUT.partial:
     block-00007.json          its record; a block is done when this is there
     search-00007.safetensors  the scales and grids found for it, if they are to be saved
     hidden-00007.bin          the hidden states that enter a block, from time to time
+    search.safetensors        the search-*.safetensors in one
     final/                    the checkpoint, put together when all blocks are done
-    published                 says that `final` is whole and takes the name OUT
+    published                 job.json, renamed: `final` is whole and takes the name OUT
+    lock                      held by the process that is at it
 
 Every file appears whole under its name or not at all, so a kill at any moment leaves a state of
 this list, and the same command goes on from it. Another command is told what differs.
@@ -17,6 +19,7 @@ this list, and the same command goes on from it. Another command is told what di
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,22 @@ from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.writer import check_free, disk_errors, replacing, sync, write_json, write_tensors
 
 _CONTINUABLE = (StorageError, DoesNotFitError)
+_PUBLISHED = "published"
+
+
+def is_published(out: Path) -> bool:
+    """Whether the checkpoint is whole and has only to take its name, or has."""
+    return (_folder(out) / _PUBLISHED).exists()
+
+
+def held_bytes(out: Path) -> int:
+    """Disk that an unfinished job already has."""
+    return sum(path.stat().st_size for path in _folder(out).rglob("*") if path.is_file())
+
+
+def _folder(out: Path) -> Path:
+    out = out.resolve()
+    return out.parent / f"{out.name}.partial"
 
 
 def check_output(out: Path) -> None:
@@ -38,17 +57,8 @@ def check_output(out: Path) -> None:
     Raises:
         SalienceError: see `check_free`.
     """
-    out = out.resolve()
-    if not _published(out).exists():
+    if not is_published(out):
         check_free(out)
-
-
-def _folder(out: Path) -> Path:
-    return out.parent / f"{out.name}.partial"
-
-
-def _published(out: Path) -> Path:
-    return _folder(out) / "published"
 
 
 class Journal:
@@ -65,15 +75,18 @@ class Journal:
 
     def __init__(self, out: Path, job: Mapping[str, Any]) -> None:
         self.out = out.resolve()  # a link or "." cannot be renamed to
-        self.folder = _folder(self.out)
+        self.folder = _folder(out)
         self.final = self.folder / "final"
-        self._published = _published(self.out)
+        self._begun = self.folder / "job.json"
+        self._published = self.folder / _PUBLISHED
+        self._search_file = self.folder / "search.safetensors"
         self._job = dict(job)
-        self._lock = FileLock(self.folder / "lock", timeout=0)
+        self._lock_file = self.folder / "lock"
+        self._lock = FileLock(self._lock_file, timeout=0)
 
     def __enter__(self) -> "Journal":
-        check_output(self.out)
         try:
+            self._check()
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
@@ -81,6 +94,7 @@ class Journal:
         except OSError as error:
             raise StorageError(f"cannot write to {self.folder}: {error.strerror}") from None
         try:
+            self._check()  # the one that had the lock may just have finished
             self._begin()
         except BaseException:
             self._lock.release()
@@ -89,33 +103,59 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         # Bad input leaves nothing. What can be continued is kept: a full disk, Ctrl-C, a crash.
-        if kind is not None and (
-            not issubclass(kind, SalienceError) or issubclass(kind, _CONTINUABLE)
-        ):
+        refused = kind is not None and issubclass(kind, SalienceError)
+        try:
+            if kind is None or (refused and not issubclass(kind, _CONTINUABLE)):
+                self._remove()
+        finally:
             self._lock.release()
+
+    def _check(self) -> None:
+        """Refuse an output that is taken, and a folder that is no journal but has its name."""
+        if self._published.exists():
             return
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif path != self._published:
-                path.unlink()
-        self._published.unlink(missing_ok=True)
-        self._lock.release()
-        self.folder.rmdir()
+        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+        if self._begun.name not in names and names - {self._lock_file.name, ".job.json.tmp"}:
+            raise SalienceError(
+                f"{self.folder} exists and was not made by salience; move it, or name another "
+                "output"
+            )
+        try:
+            check_free(self.out)
+        except SalienceError:
+            if names == {self._lock_file.name}:
+                self._remove()  # what a kill at the very end of a job leaves
+            raise
 
     def _begin(self) -> None:
-        path = self.folder / "job.json"
+        path = self._published if self._published.exists() else self._begun
         if not path.exists():
             write_json(path, self._job)
             return
         begun = read_json(path)
         wanted = json.loads(json.dumps(self._job))
-        for key in begun.keys() | wanted.keys():
+        for key in [*wanted, *begun]:
             if begun.get(key) != wanted.get(key):
                 raise SalienceError(
                     f"{self.folder} was begun with {key} {begun.get(key)}, now it is "
                     f"{wanted.get(key)}; use that, or delete the folder to start over"
                 )
+
+    def _remove(self) -> None:
+        """Delete the folder, in an order in which a kill leaves nothing that looks done."""
+        last = (self._begun, self._published, self._lock_file)
+        with disk_errors(self.folder):
+            for record in self.folder.glob("block-*.json"):
+                record.unlink()
+            for path in self.folder.iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path not in last:
+                    path.unlink()
+            for path in last:
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # another process may just have come
+            self.folder.rmdir()
 
     @property
     def finished(self) -> bool:
@@ -138,14 +178,14 @@ class Journal:
         """Write what was found for a block, before the block itself."""
         write_tensors(self._search(index), tensors, {})
 
-    def write_search(self, path: Path, info: Mapping[str, str], blocks: int) -> None:
-        """Put what was found for all blocks into one file."""
+    def join_searches(self, info: Mapping[str, str], blocks: int) -> None:
+        """Put what was found for all blocks into one file, for `publish`."""
         tensors = {}
         for index in range(blocks):
             with safe_open(self._search(index), framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     tensors[name] = file.get_tensor(name)
-        write_tensors(path, tensors, info)
+        write_tensors(self._search_file, tensors, info)
 
     def record(self, index: int) -> dict[str, Any]:
         """The record of a block that is done."""
@@ -183,18 +223,20 @@ class Journal:
             if latest is None or path < self.hidden_file(latest):
                 path.unlink()
 
-    def publish(self) -> None:
-        """Give `final` the name of the output, and delete all else."""
+    def publish(self, search: Path | None = None) -> None:
+        """Give `final` the name of the output, the search its own, and delete all else."""
         with disk_errors(self.out):
-            if self.final.exists():
-                self._published.touch()
+            if self._begun.exists():
+                self._begun.rename(self._published)
                 sync(self.folder)
+        # From here on a kill is followed by the rest of this.
+        if self.final.exists():
+            if search is not None:
+                with replacing(search) as temporary:
+                    shutil.copyfile(self._search_file, temporary)
+            with disk_errors(self.out):
                 self.final.rename(self.out)
                 sync(self.out.parent)
-            # The mark goes last: with it, a kill in here is followed by the rest of this.
-            for path in self.folder.iterdir():
-                if path not in (self._published, self.folder / "job.json"):
-                    path.unlink()
 
     def _tensors(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"

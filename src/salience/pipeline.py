@@ -23,7 +23,7 @@ from salience.calibration import Calibration
 from salience.engine import run_blocks
 from salience.formats import get_format
 from salience.job import Job, Progress, identity
-from salience.journal import Journal, check_output
+from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.loading import read_tensor, resolve_device
 from salience.machine import peak_rss_bytes
 from salience.methods import check_method, default_format, default_scheme, get_method
@@ -31,7 +31,7 @@ from salience.plan import check_schemes, check_source, checkpoint_bytes, choose_
 from salience.recipe import Recipe
 from salience.report import Report, read_report, versions
 from salience.scheme import Scheme
-from salience.search import open_search, search_metadata
+from salience.search_files import open_search, search_metadata
 from salience.source import open_source
 from salience.structure import find_blocks, linears
 from salience.writer import check_disk, check_file
@@ -106,6 +106,7 @@ def quantize(
     recipe = Recipe(wanted, rest, tuple(skip), tuple(only))
     schemes: Mapping[str, Scheme] = recipe.resolve(list(linears(skeleton)), prefix)
     if search is not None:
+        search.check_names(linears(skeleton), [f"{prefix}.{i}" for i in range(len(blocks))])
         # The search knows; what is said beside it can only agree.
         given = None if scheme is None and not (rules or skip or only) else schemes
         schemes = search.schemes_for(schemes, given)
@@ -128,11 +129,13 @@ def quantize(
     for each in schemes.values():
         check_method(get_method(method, effort), each)
     check_schemes(skeleton, schemes, job.fmt)
-    if save_search is not None:
-        check_file(Path(save_search))
+    if save_search is not None and not is_published(target):
+        check_file(Path(save_search), target)
     text = (calibration or Calibration()) if chosen.reads_text else None
     budget = choose_budget(source, skeleton, schemes, text, chosen, place, max_memory)
-    check_disk(target, 2 * checkpoint_bytes(skeleton, schemes) + budget.temporary_bytes)
+    if not is_published(target):
+        need = 2 * checkpoint_bytes(skeleton, schemes) + budget.temporary_bytes
+        check_disk(target, need - held_bytes(target))
     tokens = text.tokens(source.tokenizer) if text else None
     report = Report(
         model=model,
@@ -150,7 +153,10 @@ def quantize(
     )
     options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": format}
     options |= {"--from-search": str(from_search), "--save-search": str(save_search)}
-    options |= {"--calibration": report.calibration}
+    options |= {"--trust-remote-code": trust_remote_code}
+    if text is not None:
+        options |= {"--calibration": text.text, "--samples": text.samples}
+        options |= {"--seqlen": text.seqlen, "--seed": text.seed}
     with Journal(target, identity(job, recipe, options, tokens)) as journal, torch.no_grad():
         if not journal.finished:
             _fill_buffers(job)
@@ -159,13 +165,13 @@ def quantize(
                 collect(job, journal, report)
                 if save_search is not None:
                     metadata = search_metadata(_search_info(job, report))
-                    journal.write_search(Path(save_search), metadata, len(report.blocks))
+                    journal.join_searches(metadata, len(report.blocks))
                 report.phase_seconds = job.seconds
                 report.seconds = time.perf_counter() - start
                 report.peak_rss_bytes = peak_rss_bytes()
                 report.peak_vram_bytes = job.peak_vram_bytes()
                 assemble(job, journal, report)
-        journal.publish()
+        journal.publish(None if save_search is None else Path(save_search))
     return read_report(target)
 
 

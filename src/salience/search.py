@@ -1,71 +1,27 @@
-"""The result of a search as a file: scales and grids, without the model.
+"""The result of a search, in place of a method's own: scales and grids that were found before."""
 
-A search takes minutes and its result a few bits a weight, so it is worth keeping: the same scales
-and grids make the checkpoint in another format, or on another machine, without the search. The
-file is safetensors:
-
-    <block>|<source>|<first sink>|scales     fp32 [in]           a scale that was folded in
-    <linear>|grid_scales, |grid_zeros        fp16, uint8 [out, groups]
-    <block>|digest                           sha256 of the block's weights, as bytes
-
-and its metadata says which model, method, schemes and text it is of. The digest is compared before
-a block is touched, so a search is never applied to another model (nor to another fine-tune of the
-same one).
-
-llm-awq's own files (`.pt`: a dict of "scale" and "clip") are read too. They say neither which
-weights nor which bits they are for; what can be checked is that the names and shapes fit.
-"""
-
-import json
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from salience import grid
-from salience.block import SolvedBlock
 from salience.errors import SalienceError
 from salience.grid import Grid
 from salience.methods import FoldScale, Method, Problem
 from salience.scheme import Scheme
 from salience.structure import Fold
 
-_SEPARATOR = "|"
-_KIND = "salience-search"
-# What torch.load and the walk over its result raise for a file that is damaged or something else.
-_TORCH_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
+class FoundScale(NamedTuple):
+    """A scale, fp32 [in], and its exponents, 0 where they are not known."""
 
-def search_tensors(block: str, digest: str, solved: SolvedBlock) -> dict[str, Tensor]:
-    """What was found for one block, by the names of the file."""
-    prefix = f"{block}." if block else ""
-    tensors = {}
-    if digest:
-        tensors[f"{block}|digest"] = torch.frombuffer(bytearray.fromhex(digest), dtype=torch.uint8)
-    for choice in solved.scales:
-        key = _SEPARATOR.join((block, choice.fold.prev, choice.fold.sinks[0], "scales"))
-        tensors[key] = choice.scales
-        exponents = torch.tensor([choice.alpha, choice.beta], dtype=torch.float64)
-        tensors[key.replace("|scales", "|exponents")] = exponents
-    for name, coded in solved.linears.items():
-        tensors[f"{prefix}{name}|grid_scales"] = coded.grid.scales
-        tensors[f"{prefix}{name}|grid_zeros"] = coded.grid.zeros.to(torch.uint8)
-    return tensors
+    scales: Tensor
+    alpha: float = 0.0
+    beta: float = 0.0
 
 
 @dataclass(slots=True)
@@ -76,7 +32,7 @@ class Search:
         path: the file.
         info: what it says of itself: method, effort, schemes, model.
         digests: of each block's weights; empty where the file knows none.
-        scales: by (block, source, first sink): the scale and its exponents.
+        scales: by block, source and sinks (of which salience's own files name the first).
         grids: stored grid of each linear.
         clips: largest magnitude of each group, fp32 [out, groups], of each linear (llm-awq).
     """
@@ -84,21 +40,51 @@ class Search:
     path: Path
     info: dict[str, Any] = field(default_factory=dict)
     digests: dict[str, str] = field(default_factory=dict)
-    scales: dict[tuple[str, str, str], tuple[Tensor, float, float]] = field(default_factory=dict)
+    scales: dict[tuple[str, str, tuple[str, ...]], FoundScale] = field(default_factory=dict)
     grids: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     clips: dict[str, Tensor] = field(default_factory=dict)
 
-    def check(self, block: str, digest: str) -> None:
-        """Refuse weights that the search was not made on.
+    def check_names(self, linears: Iterable[str], blocks: Iterable[str]) -> None:
+        """Refuse a file with something for linears or blocks that the model does not have.
+
+        Raises:
+            SalienceError: naming one.
+        """
+        found = {*self.info.get("schemes", ()), *self.grids, *self.clips}
+        unknown = found - set(linears)
+        unknown |= {block for block, _, _ in self.scales} - set(blocks)
+        if unknown:
+            raise SalienceError(
+                f"{self.path} is for {min(unknown)}, which the model does not have; use the "
+                "model it was searched on"
+            )
+
+    def check_weights(self, block: str, digest: str) -> None:
+        """Refuse weights that the search was not made on; `block` is "" for what is in none.
 
         Raises:
             SalienceError: naming the block.
         """
-        if self.digests and self.digests.get(block) != digest:
+        # llm-awq's files say nothing of themselves.
+        if self.info and self.digests.get(block) != digest:
             raise SalienceError(
-                f"{self.path} was searched on other weights: {block} differs; use the model "
-                f"{self.info.get('model', 'it was made for')}, or search anew"
+                f"{self.path} was searched on other weights: {block or 'what is in no block'} "
+                f"differs; use the model {self.info['model']}, or search anew"
             )
+
+    def check_folds(self, block: str, folds: Sequence[Fold]) -> None:
+        """Refuse scales that a block does not allow.
+
+        Raises:
+            SalienceError: naming the source and the sinks.
+        """
+        for owner, prev, sinks in self.scales:
+            allowed = any(fold.prev == prev and set(sinks) <= set(fold.sinks) for fold in folds)
+            if owner == block and not allowed:
+                raise SalienceError(
+                    f"{self.path} scales what goes from {block}.{prev} into {', '.join(sinks)}, "
+                    "and the model does not allow that; search anew"
+                )
 
     def schemes_for(
         self, default: Mapping[str, Scheme], given: Mapping[str, Scheme] | None
@@ -139,17 +125,23 @@ class Search:
         found: list[FoldScale | None] = []
         for names in problems[0].names:
             block = _block_of(names[0], fold)
-            key = (block, fold.prev, fold.sinks[0])
-            if key not in self.scales:
+            own = next(
+                (
+                    scale
+                    for (owner, prev, sinks), scale in self.scales.items()
+                    if (owner, prev) == (block, fold.prev) and set(sinks) <= set(fold.sinks)
+                ),
+                None,
+            )
+            if own is None:
                 found.append(None)
                 continue
-            scales, alpha, beta = self.scales[key]
-            if scales.shape != weight.shape[-1:]:
+            if own.scales.shape != weight.shape[-1:]:
                 raise SalienceError(
-                    f"{self.path}: the scale of {names[0]} has {len(scales)} channels, the model "
-                    f"{weight.shape[-1]}; it is of another model"
+                    f"{self.path}: the scale of {names[0]} has {len(own.scales)} channels, the "
+                    f"model {weight.shape[-1]}; it is of another model"
                 )
-            found.append(FoldScale(fold, scales.to(weight.device), alpha, beta))
+            found.append(FoldScale(fold, own.scales.to(weight.device), own.alpha, own.beta))
         return found
 
     def _grids(self, problem: Problem) -> Grid:
@@ -172,6 +164,8 @@ class Search:
                     f"{self.path}: the grid of {name} is {list(scales.shape)}, {scheme} wants "
                     f"{list(shape)}; it is of another model or scheme"
                 )
+            if zeros.max() > scheme.levels:
+                raise SalienceError(f"{self.path}: a zero of {name} is beyond {scheme}'s codes")
             return Grid(scales, zeros.float(), scheme.levels)
         lo, hi = grid.value_range(weight, scheme)
         if name in self.clips:
@@ -187,73 +181,7 @@ class Search:
         return grid.make_grid(lo, hi, scheme)
 
 
-def open_search(path: Path) -> Search:
-    """Read a search file, salience's or llm-awq's.
-
-    Raises:
-        SalienceError: no such file, or not a search.
-    """
-    if not path.is_file():
-        raise SalienceError(f"search file {path} does not exist")
-    return _open_llm_awq(path) if path.suffix == ".pt" else _open_own(path)
-
-
-def _open_own(path: Path) -> Search:
-    search = Search(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("kind") != _KIND:
-                raise SalienceError(f"{path} is no search file; make one with --save-search")
-            search.info = json.loads(metadata["info"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise SalienceError(f"{path} is damaged or no search file ({error})") from None
-    for name, tensor in tensors.items():
-        *parts, leaf = name.split(_SEPARATOR)
-        if leaf == "digest":
-            search.digests[parts[0]] = bytes(tensor.tolist()).hex()
-        elif leaf == "scales" and len(parts) == 3:
-            block, prev, sink = parts
-            alpha, beta = tensors[name.replace("|scales", "|exponents")].tolist()
-            search.scales[block, prev, sink] = (tensor, alpha, beta)
-        elif leaf == "grid_scales":
-            search.grids[parts[0]] = (tensor, tensors[f"{parts[0]}|grid_zeros"])
-    return search
-
-
-def _open_llm_awq(path: Path) -> Search:
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        scales, clips = content["scale"], content["clip"]
-        search = Search(path)
-        for prev, sinks, scale in scales:
-            block, source = _split(str(prev), [str(sink) for sink in sinks])
-            first = str(sinks[0])[len(block) + 1 :]
-            search.scales[block, source, first] = (scale.float().flatten(), 0.0, 0.0)
-        for name, most in clips:
-            search.clips[str(name)] = most.float().flatten(1)
-    except _TORCH_LOAD_ERRORS as error:
-        raise SalienceError(f"{path} is no search result of llm-awq: {error}") from None
-    return search
-
-
-def _split(prev: str, sinks: list[str]) -> tuple[str, str]:
-    """The block that a source and its sinks are in, and the source's name in it."""
-    parts = prev.split(".")
-    for end in range(len(parts) - 1, 0, -1):
-        block = ".".join(parts[:end])
-        if parts[end - 1].isdigit() and all(sink.startswith(f"{block}.") for sink in sinks):
-            return block, ".".join(parts[end:])
-    raise ValueError(f"{prev} and {sinks[0]} are in no common block")
-
-
 def _block_of(name: str, fold: Fold) -> str:
     """The block of a linear that is a sink of `fold`, from its full name."""
     local = next(sink for sink in fold.sinks if name.endswith(f".{sink}"))
     return name[: -len(local) - 1]
-
-
-def search_metadata(info: Mapping[str, Any]) -> dict[str, str]:
-    """The metadata of a search file that says `info` of itself."""
-    return {"kind": _KIND, "info": json.dumps(info)}

@@ -121,6 +121,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield temporary
             sync(temporary)
             temporary.rename(path)
+            sync(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -142,12 +143,14 @@ def check_free(out: Path) -> None:
         raise SalienceError(f"a disk is mounted at output {out}; name a new folder in it")
 
 
-def check_file(path: Path) -> None:
-    """Refuse a file to write that cannot be made.
+def check_file(path: Path, out: Path) -> None:
+    """Refuse a file to write, beside a folder `out` to make, that cannot be made.
 
     Raises:
-        SalienceError: it is there already, or its folder is not.
+        SalienceError: it is there already, its folder is not, or it would be in `out`.
     """
+    if out.resolve() in (path.resolve(), *path.resolve().parents):
+        raise SalienceError(f"{path} is in the output {out}; name a file elsewhere")
     if path.exists():
         raise SalienceError(f"{path} exists; name another file")
     if not path.resolve().parent.is_dir():
