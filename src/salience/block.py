@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from salience import grid
 from salience.errors import SalienceError
 from salience.grid import Grid
+from salience.machine import fast_matmul
 from salience.methods import FoldScale, Method, Problem, full_grids
 from salience.qtensor import QTensor
 from salience.report import LinearReport
@@ -130,7 +131,9 @@ def _solve_kind(
         fed = [group for group in groups if set(group) <= set(fold.sinks)]
         problems = [p for group in fed for p in _problems(blocks, group, schemes, nothing)]
         if problems:
-            for choices, choice in zip(found, method.scales(problems, fold), strict=True):
+            with fast_matmul():
+                scales = method.scales(problems, fold)
+            for choices, choice in zip(found, scales, strict=True):
                 choices += [choice] if choice is not None else []
     kept = [_fold(block, choices, trust) for block, choices in zip(blocks, found, strict=True)]
     coded: dict[str, Coded] = {}
@@ -294,7 +297,8 @@ def _code(
     scales: dict[str, tuple[FoldScale | None, FoldScale | None]],
     trust: bool,
 ) -> dict[str, Coded]:
-    grids = method.grids(problem)
+    with fast_matmul():  # the codes, and the comparison with plain rounding, are exact
+        grids = method.grids(problem)
     qtensors = method.codes(problem, grids)
     divisors = _row_divisors(problem, scales)
     errors = _errors(problem, qtensors, divisors).tolist()

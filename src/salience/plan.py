@@ -27,7 +27,7 @@ from salience.machine import (
     peak_rss_bytes,
 )
 from salience.methods import Method, Problem
-from salience.methods.awq import TILE_CANDIDATES
+from salience.methods.awq import EXPONENTS, SCALE_ROWS, TILE_CANDIDATES
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
 from salience.structure import Fold, find_blocks, linears, weight_of
@@ -36,8 +36,7 @@ from salience.writer import SHARD_BYTES
 _FLOAT_BYTES = 2  # what is not quantized is written in fp16
 _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
-_READ_BYTES_PER_SECOND = 1e9
-_SCALE_CANDIDATES = 13
+_READ_BYTES_PER_SECOND = 2e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,24 +356,33 @@ def _seconds(
     source_bytes: int,
 ) -> dict[str, float]:
     _, blocks = find_blocks(model)
-    flops = matmul_flops(device)
+    large = 1024 if device.type == "cpu" else 8192
+    flops = matmul_flops(device, large)
     seconds = {"read": source_bytes / _READ_BYTES_PER_SECOND}
     if calibration is not None:
         tokens = calibration.samples * calibration.seqlen
         weights = sum(weight_of(m).numel() for m in linears(blocks).values())
         squares = sum(columns**2 for block in blocks for _, columns in _groups(block))
         with fast_matmul():
-            fast = matmul_flops(device)
+            fast = matmul_flops(device, large)
         seconds["statistics"] = 2 * tokens * (weights + squares) / fast
+        if method.folds:  # each is proved by two runs of a micro-batch
+            batch = micro_batch(calibration.samples, calibration.seqlen, device)
+            seconds["statistics"] += 4 * batch * calibration.seqlen * weights / flops
     each = _search_cost(next(iter(schemes.values())), method, device)
     held = window(blocks, device)
     search = 0.0
     for block in blocks:
         for rows, columns in _groups(block):
             search += columns * (each.start / held + each.row * rows)
-            products = _SCALE_CANDIDATES if method.folds else 0
-            products += 6 if method.reads_text else 1
-            search += 2 * products * rows * columns**2 / flops
+            # Products of all rows with H: two for plain rounding, two for the clip search, one for
+            # the result, and two for a scale, which is found on a part of the rows.
+            products = 5 * rows if method.reads_text else 0
+            if method.folds:
+                products += 2 * rows + len(EXPONENTS) * min(rows, 2 * SCALE_ROWS)
+            if method.reads_moments_to_code:
+                products += 3 * rows + 2 * columns
+            search += 2 * products * columns**2 / flops
     seconds["search"] = search
     return seconds
 
@@ -389,7 +397,7 @@ class _Cost:
 
 def _search_cost(scheme: Scheme, method: Method, device: torch.device) -> _Cost:
     """What a search costs here, by doing two small ones."""
-    columns = 512
+    columns = 256  # so few that products with H cost little
     counts = (64, 512) if device.type == "cpu" else (64, 8192)
     took = []
     for rows in (counts[0], *counts):  # the first also pays for starting up

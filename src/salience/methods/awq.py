@@ -44,7 +44,7 @@ from salience.structure import Fold
 # (alpha, beta) of s = a^alpha / w^beta, from mild to strong. The first is the identity.
 EXPONENTS = ((0.0, 0.0), *((i / 10, beta) for i in range(1, 7) for beta in (0.0, i / 10)))
 STRONGER_MUST_GAIN = 0.06
-_ROWS = 1024  # of each linear that candidates are tried on
+SCALE_ROWS = 1024  # of each linear that candidates are tried on
 CLIP_RATIOS = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5)
 # Weights in work at a time: what bounds the temporaries. Fixed, and not a matter of how much memory
 # is free, because a product may differ in its last bit with the number of its rows.
@@ -92,15 +92,19 @@ def search_scales(problems: Sequence[Problem], fold: Fold) -> list[FoldScale | N
 
 
 def _sample(problem: Problem) -> Problem:
-    """The problem with at most `_ROWS` rows of each linear, evenly spaced.
+    """The problem with at most `SCALE_ROWS` rows of each linear, evenly spaced.
 
     The error is a sum over thousands of rows, of which a part ranks candidates as well.
     """
     parts = []
     for part in problem.weight.split(problem.rows, dim=1):
         count = part.shape[1]
-        step = torch.arange(min(_ROWS, count), device=part.device) * count // min(_ROWS, count)
-        parts.append(part if count <= _ROWS else part[:, step])
+        step = (
+            torch.arange(min(SCALE_ROWS, count), device=part.device)
+            * count
+            // min(SCALE_ROWS, count)
+        )
+        parts.append(part if count <= SCALE_ROWS else part[:, step])
     rows = tuple(part.shape[1] for part in parts)
     return replace(problem, weight=torch.cat(parts, 1), rows=rows)
 
