@@ -277,34 +277,16 @@ def test_nothing_to_see_is_finite(bits: int, group: int, sym: bool) -> None:
     assert not qt.dequantize().any()
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    bits=st.sampled_from(BITS),
-    group=st.sampled_from([8, 32, -1]),
-    sym=st.booleans(),
-    rows=st.integers(1, 9),
-    groups=st.integers(1, 3),
-    tokens=st.sampled_from([1, 5, 300]),
-    size=st.sampled_from([1e-3, 1.0, 100.0]),
-    seed=st.integers(0, 2**31),
-)
-def test_the_damped_error_is_seldom_above_that_of_rounding(
-    bits: int, group: int, sym: bool, rows: int, groups: int, tokens: int, size: float, seed: int
-) -> None:
-    """A recursion can lose on a single row; what is written cannot (see `test_block`)."""
-    scheme = Scheme(bits, group, sym)
-    weight, second = (
-        size * weights(rows, 32 * groups, seed),
-        moments(32 * groups, seed + 1, 1, tokens),
-    )
-    one = problem(weight, second, scheme)
-    hurt = damped(second, DAMPING)
-    found = losses(compensate(one, full_grids(one)), weight, hurt)
-    rounded = losses(nearest(one, full_grids(one)), weight, hurt)
-    assert found.isfinite().all()
-    # It ends where no single code can be moved to lower it; rounding is not far from that for 8
-    # bits, where the two are equal but for chance.
-    assert (found <= 1.5 * rounded + 1e-12).all()
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("group", [8, 32, -1])
+@pytest.mark.parametrize("sym", [False, True])
+def test_the_error_is_below_that_of_rounding(bits: int, group: int, sym: bool) -> None:
+    """Of many rows together; a single one may lose, and what is written may not (`test_block`)."""
+    weight, second = weights(48, 64, 26), moments(64, 27)
+    one = problem(weight, second, Scheme(bits, group, sym))
+    for grids in (full_grids(one), search_grids(one)):
+        found = losses(compensate(one, grids), weight, second).sum()
+        assert found < 0.75 * losses(nearest(one, grids), weight, second).sum()
 
 
 def test_damping() -> None:

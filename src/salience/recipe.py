@@ -41,7 +41,7 @@ class Recipe:
         for pattern in (*(p for p, _ in self.rules), *self.skip, *self.only):
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, OverflowError) as error:
                 raise SalienceError(
                     f"pattern {pattern!r} is no regular expression: {error}"
                 ) from None
