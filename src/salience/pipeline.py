@@ -23,7 +23,7 @@ from salience.calibration import Calibration
 from salience.engine import run_blocks
 from salience.formats import get_format
 from salience.job import Job, Progress, identity
-from salience.journal import Journal, held_bytes, is_published
+from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.loading import read_tensor, resolve_device
 from salience.machine import peak_rss_bytes
 from salience.methods import check_method, default_format, default_scheme, get_method
@@ -127,6 +127,7 @@ def quantize(
     for each in schemes.values():
         check_method(get_method(method, effort), each)
     check_schemes(skeleton, schemes, job.fmt)
+    check_output(target)
     if save_search is not None and not is_published(target):
         check_file(Path(save_search), target)
     text = (calibration or Calibration()) if chosen.reads_text else None
