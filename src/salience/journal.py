@@ -33,7 +33,7 @@ from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.writer import check_free, disk_errors, replacing, sync, write_json, write_tensors
 
 _CONTINUABLE = (StorageError, DoesNotFitError)
-_PUBLISHED = "published"
+_BEGUN, _PUBLISHED, _LOCK = "job.json", "published", "lock"
 
 
 def is_published(out: Path) -> bool:
@@ -44,6 +44,30 @@ def is_published(out: Path) -> bool:
 def held_bytes(out: Path) -> int:
     """Disk that an unfinished job already has."""
     return sum(path.stat().st_size for path in _folder(out).rglob("*") if path.is_file())
+
+
+def check_output(out: Path) -> None:
+    """Refuse an output that is taken, or whose journal's name is.
+
+    Raises:
+        SalienceError: naming the folder.
+    """
+    folder = _folder(out)
+    if is_published(out):
+        return
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if _BEGUN not in names and names - {_LOCK, f".{_BEGUN}.tmp"}:
+        raise SalienceError(
+            f"{folder} exists and was not made by salience; move it, or name another output"
+        )
+    try:
+        check_free(out)
+    except SalienceError:
+        if folder.exists() and names <= {_LOCK}:  # what a kill at the very end of a job leaves
+            with suppress(OSError):
+                (folder / _LOCK).unlink(missing_ok=True)
+                folder.rmdir()
+        raise
 
 
 def _folder(out: Path) -> Path:
@@ -77,16 +101,16 @@ class Journal:
         self.out = out.resolve()  # a link or "." cannot be renamed to
         self.folder = _folder(out)
         self.final = self.folder / "final"
-        self._begun = self.folder / "job.json"
+        self._begun = self.folder / _BEGUN
         self._published = self.folder / _PUBLISHED
         self._search_file = self.folder / "search.safetensors"
         self._job = dict(job)
-        self._lock_file = self.folder / "lock"
+        self._lock_file = self.folder / _LOCK
         self._lock = FileLock(self._lock_file, timeout=0)
 
     def __enter__(self) -> "Journal":
         try:
-            self._check()
+            check_output(self.out)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
         except Timeout:
@@ -94,7 +118,7 @@ class Journal:
         except OSError as error:
             raise StorageError(f"cannot write to {self.folder}: {error.strerror}") from None
         try:
-            self._check()  # the one that had the lock may just have finished
+            check_output(self.out)  # the one that had the lock may just have finished
             self._begin()
         except BaseException:
             self._lock.release()
@@ -109,23 +133,6 @@ class Journal:
                 self._remove()
         finally:
             self._lock.release()
-
-    def _check(self) -> None:
-        """Refuse an output that is taken, and a folder that is no journal but has its name."""
-        if self._published.exists():
-            return
-        names = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
-        if self._begun.name not in names and names - {self._lock_file.name, ".job.json.tmp"}:
-            raise SalienceError(
-                f"{self.folder} exists and was not made by salience; move it, or name another "
-                "output"
-            )
-        try:
-            check_free(self.out)
-        except SalienceError:
-            if names == {self._lock_file.name}:
-                self._remove()  # what a kill at the very end of a job leaves
-            raise
 
     def _begin(self) -> None:
         path = self._published if self._published.exists() else self._begun

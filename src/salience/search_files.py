@@ -66,7 +66,8 @@ def search_tensors(block: str, digest: str, solved: SolvedBlock) -> dict[str, Te
 
 def search_metadata(info: Mapping[str, Any]) -> dict[str, str]:
     """The metadata of a search file that says `info` of itself."""
-    return {"kind": _KIND, "info": json.dumps(info)}
+    # One entry: safetensors writes several in an order of chance.
+    return {_KIND: json.dumps(info)}
 
 
 def open_search(path: Path) -> Search:
@@ -87,10 +88,10 @@ def _open_own(path: Path) -> Search:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise SalienceError(f"{path} is damaged or no search file ({error})") from None
-    if metadata.get("kind") != _KIND:
+    if _KIND not in metadata:
         raise SalienceError(f"{path} is no search file; make one with --save-search")
     try:
-        search = Search(path, _checked_info(json.loads(metadata.get("info", ""))))
+        search = Search(path, _checked_info(json.loads(metadata[_KIND])))
         for name in tensors:
             _take(search, name, tensors)
         for name in search.info["schemes"].keys() ^ search.grids.keys():
