@@ -75,16 +75,6 @@ def _folder(out: Path) -> Path:
     return out.parent / f"{out.name}.partial"
 
 
-def check_output(out: Path) -> None:
-    """Refuse an output that is taken, and not by a run that was killed while it published.
-
-    Raises:
-        SalienceError: see `check_free`.
-    """
-    if not is_published(out):
-        check_free(out)
-
-
 class Journal:
     """The folder beside an output that is being made. Use as a context manager.
 

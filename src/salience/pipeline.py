@@ -129,7 +129,6 @@ def quantize(
     for each in schemes.values():
         check_method(get_method(method, effort), each)
     check_schemes(skeleton, schemes, job.fmt)
-    check_output(target)
     if save_search is not None and not is_published(target):
         check_file(Path(save_search), target)
     text = (calibration or Calibration()) if chosen.reads_text else None

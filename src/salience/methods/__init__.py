@@ -5,9 +5,10 @@ grids, and with its scales too, which is the effort "balanced".
 """
 
 from salience.errors import SalienceError
+from salience.grid import Grid
 from salience.methods.awq import search_grids, search_scales
 from salience.methods.base import FoldScale, Method, Problem, full_grids
-from salience.methods.gptq import compensate
+from salience.methods.gptq import compensate, compensate_in_order, in_order
 from salience.methods.nf4 import NF4
 from salience.methods.rtn import RTN
 from salience.scheme import Scheme
@@ -15,6 +16,18 @@ from salience.scheme import Scheme
 AWQ = Method("awq", search_scales, search_grids)
 GPTQ = Method("gptq", grids=search_grids, codes=compensate, reads_moments_to_code=True)
 AWQ_GPTQ = Method("awq+gptq", search_scales, search_grids, compensate, reads_moments_to_code=True)
+
+
+def _grids_in_order(problem: Problem) -> Grid:
+    """Clipped grids of groups of columns of like importance."""
+    return search_grids(in_order(problem)[0])
+
+
+# Groups in activation order. No format written so far has a place for them, so it has no name on
+# the command line.
+GPTQ_G_IDX = Method(
+    "gptq+g_idx", grids=_grids_in_order, codes=compensate_in_order, reads_moments_to_code=True
+)
 
 METHODS: tuple[Method, ...] = (AWQ, GPTQ, RTN, NF4)
 # What each effort makes of a method.
@@ -25,6 +38,7 @@ __all__ = [
     "AWQ_GPTQ",
     "EFFORTS",
     "GPTQ",
+    "GPTQ_G_IDX",
     "METHODS",
     "NF4",
     "RTN",

@@ -10,8 +10,9 @@ in a fixed order and U the upper Cholesky factor of H^-1 (H^-1 = U^T U), the rec
 Act-order. Columns of large H_jj come first: their errors can be spread over most others, and what
 is rounded last, with nothing left to make up for it, matters least. The grid of each group is found
 before any column moves ("static groups"), so the groups stay contiguous in the checkpoint. The
-variant `by_activation` forms the groups in that order too; each then holds columns of like
-importance, and the checkpoint must store the group of each column, `g_idx`.
+variant with `g_idx` forms the groups in that order too (`in_order`); each then holds columns of
+like importance, and the checkpoint must store the group of each column. It is here for formats that
+can (GPTQ's own); none that salience writes so far does.
 
 Damping. A multiple of the mean of its diagonal is added to H's. It keeps the factor finite when
 calibration has fewer tokens than columns, and it keeps the shifts from following what is chance in
@@ -31,6 +32,8 @@ Two sweeps are worth as much again as a finer choice of damping (w3g64: 23.60 be
 On a GPU most of the time goes into starting the few operations of each column, hence their number
 is kept small, and the batch large where blocks are small.
 """
+
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,6 +68,32 @@ def compensate(problem: Problem, grids: Grid) -> list[QTensor]:
         QTensor(q, scales, zero, problem.scheme)
         for q, scales, zero in zip(codes, made.scales, zeros, strict=True)
     ]
+
+
+def in_order(problem: Problem) -> tuple[Problem, Tensor]:
+    """The problem with its columns from the largest H_jj to the smallest.
+
+    Returns:
+        The problem, and the column of the old one at each place of the new, int64 [batch, in].
+    """
+    if problem.second is None or problem.mean_abs is None:
+        columns = torch.arange(problem.weight.shape[-1], device=problem.weight.device)
+        return problem, columns.expand(len(problem.weight), -1)
+    order = problem.second.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    weight = _rows(problem.weight.mT, order).mT
+    second, mean_abs = _permuted(problem.second, order), problem.mean_abs.gather(-1, order)
+    return replace(problem, weight=weight, second=second, mean_abs=mean_abs), order
+
+
+def compensate_in_order(problem: Problem, grids: Grid) -> list[QTensor]:
+    """`compensate` for those grids; the codes in the weight's own order, with `g_idx`."""
+    ordered, order = in_order(problem)
+    size = problem.scheme.group_columns(problem.weight.shape[-1])
+    found = []
+    for qt, place in zip(compensate(ordered, grids), order.argsort(-1), strict=True):
+        g_idx = (place // size).int()
+        found.append(QTensor(qt.q[:, place], qt.scales, qt.zeros, qt.scheme, g_idx))
+    return found
 
 
 def damped(second: Tensor, factor: float) -> Tensor:

@@ -1,0 +1,77 @@
+"""Peak memory does not grow with the number of blocks, and stays under what was allowed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tiny_models import llama_config, make_model, save
+
+MIB = 2**20
+
+
+def quantized(source: Path, out: Path, text: Path, *options: str) -> dict[str, Any]:
+    """`salience quantize` in a process of its own: its JSON and its peak resident bytes."""
+    command = [sys.executable, "-m", "salience", "quantize", str(source), "-o", str(out), "--json"]
+    command += ["--scheme", "w4g32", "--calibration", str(text), "--device", "cpu"]
+    code = (
+        "import resource, subprocess, sys;"
+        "done = subprocess.run(sys.argv[1:], stdout=subprocess.PIPE);"
+        "print(done.stdout.decode().strip());"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024);"
+        "sys.exit(done.returncode)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command, *options],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    printed, peak = done.stdout.strip().rsplit("\n", 1)
+    return json.loads(printed) | {"peak": int(peak)}
+
+
+def wide(layers: int, folder: Path) -> Path:
+    config = llama_config(
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    return save(make_model(config), folder)
+
+
+@pytest.mark.slow
+def test_peak_memory_does_not_grow_with_the_blocks(tmp_path: Path, text_file: Path) -> None:
+    """32 blocks have 340 MiB more fp32 weights than 4, and the process the same peak."""
+    options = ("--samples", "2", "--seqlen", "64")
+    peaks = {
+        layers: quantized(
+            wide(layers, tmp_path / f"in{layers}"), tmp_path / f"out{layers}", text_file, *options
+        )["peak"]
+        for layers in (4, 32)
+    }
+    assert abs(peaks[32] - peaks[4]) < 0.05 * peaks[4]
+
+
+@pytest.mark.slow
+def test_peak_memory_stays_under_what_is_allowed(tmp_path: Path, text_file: Path) -> None:
+    """With hidden states of 256 MiB and 150 MiB left for them, they go to the disk."""
+    source = wide(2, tmp_path / "in")
+    options = ("--samples", "256", "--seqlen", "512", "--method", "gptq")
+    command = [sys.executable, "-m", "salience", "plan", str(source), "--device", "cpu", "--json"]
+    command += ["--scheme", "w4g32", *options, "-o", str(tmp_path / "out")]
+    planned = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+    assert not planned["hidden_on_disk"]
+    allowed = planned["ram_bytes"] - 106 * MIB
+    limit = ("--max-memory", f"{allowed // MIB}MiB")
+    planned = json.loads(subprocess.run([*command, *limit], stdout=subprocess.PIPE).stdout)
+    assert planned["fits"] and planned["hidden_on_disk"]
+    big = tmp_path / "big.txt"
+    big.write_text(text_file.read_text() * 12)
+    made = quantized(source, tmp_path / "out", big, *options, *limit)
+    assert made["peak"] <= allowed
