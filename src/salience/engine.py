@@ -109,7 +109,9 @@ class _Engine:
         if (first < count or needs_tail) and (self._tokens is not None or job.method.folds):
             with job.phase("statistics"):
                 self._record(first)
-        if rehearse and first == 0:
+        # Blocks that leave something for later ones cannot run out of their order.
+        stateful = self._probe is not None and self._probe.arguments.stateful
+        if rehearse and first == 0 and not stateful:
             self._rehearse()
         for start in range(first, count, size):
             self._solve(range(start, min(start + size, count)), done)
@@ -259,16 +261,20 @@ class _Engine:
         sizes = [_solved_bytes(block) for block in job.blocks]
         index = sizes.index(max(sizes))
         job.progress("rehearsal", 0, 1)
+        name, probe = job.block_name(index), self._probe
         with job.phase("rehearsal"), job.loaded(index) as block:
-            rehearsed = LoadedBlock(job.block_name(index), block, self._plain_structure(block), {})
-            if self._probe is not None and self._hidden is not None:
-                structure = self._structure(block, index)
-                moments = self._moments(block, structure)
-                part = self._hidden.get(0).clone()
-                run = partial(run_block, block, part, self._arguments.of(index, 0))
-                with fast_matmul():
-                    observe(block, list(moments), run, _adder(moments))
-                rehearsed = LoadedBlock(job.block_name(index), block, structure, moments, run)
+            if probe is None:
+                rehearsed = LoadedBlock(name, block, self._plain_structure(block), {})
+            else:
+                structure, moments = self._structure(block, index), {}
+                run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
+                if self._hidden is not None:
+                    moments = self._moments(block, structure)
+                    part = self._hidden.get(0).clone()
+                    run = partial(run_block, block, part, self._arguments.of(index, 0))
+                    with fast_matmul():
+                        observe(block, list(moments), run, _adder(moments))
+                rehearsed = LoadedBlock(name, block, structure, moments, run)
             solve([rehearsed], job.method, job.schemes.get, job.method.trusted)
 
     def _save(self, index: int, block: LoadedBlock, solved: SolvedBlock, seconds: float) -> None:
