@@ -17,8 +17,8 @@ from transformers import OPTConfig
 import salience
 from salience.calibration import Calibration
 from salience.errors import SalienceError
+from salience.formats import AutoAwq
 from salience.search_files import open_search
-from test_pipeline import dequantized
 from tiny_models import VOCABULARY, llama_config, make_model, save
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -295,6 +295,21 @@ def test_no_such_file(apply: Any, tmp_path: Path, name: str) -> None:
 # llm-awq's own files.
 
 Entry = tuple[str, tuple[str, ...], Tensor]
+
+
+def dequantized(folder: Path) -> dict[str, Tensor]:
+    """A checkpoint of format awq as dense fp32 tensors."""
+    fmt, stored = AutoAwq(), load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    dense = {}
+    for name, tensor in stored.items():
+        owner, _, leaf = name.rpartition(".")
+        if leaf == "qweight":
+            parts = {key: stored[f"{owner}.{key}"] for key in fmt.tensors}
+            dense[f"{owner}.weight"] = fmt.read(parts, fmt.scheme(config, owner)).dequantize()
+        elif leaf not in fmt.tensors:
+            dense[name] = tensor.float()
+    return dense
 
 
 def llama_pairs(block: str) -> list[tuple[str, tuple[str, ...]]]:
