@@ -52,7 +52,8 @@ class HiddenStates:
         """Go on from hidden states that are on the disk."""
         self.index = index
         if self._tensor is not None:
-            self._tensor.copy_(self._journal.load_hidden(index, self._shape))
+            for part in range(self.parts):
+                self._tensor[part * self._batch : (part + 1) * self._batch] = self._read(part)
 
     def first(self, part: int, hidden: Tensor) -> None:
         """Keep micro-batch `part` of what enters the first block; parts come in order."""
@@ -62,12 +63,7 @@ class HiddenStates:
         """Micro-batch `part`, [batch, seqlen, hidden] on the device."""
         if self._tensor is not None:
             return self._tensor[part * self._batch : (part + 1) * self._batch]
-        _, seqlen, width = self._shape
-        count = self._batch * seqlen * width
-        values = numpy.fromfile(
-            self._journal.hidden_file(self.index), numpy.float32, count, offset=4 * part * count
-        )
-        return torch.from_numpy(values).view(self._batch, seqlen, width).to(self._device)
+        return self._read(part).to(self._device)
 
     def put(self, part: int, hidden: Tensor) -> None:
         """Micro-batch `part` of the block's output; parts come in order."""
@@ -79,6 +75,14 @@ class HiddenStates:
         if self._tensor is not None and time.monotonic() - self._saved_at > SAVE_SECONDS:
             self._journal.save_hidden(self.index, self._tensor)
             self._saved_at = time.monotonic()
+
+    def _read(self, part: int) -> Tensor:
+        _, seqlen, width = self._shape
+        count = self._batch * seqlen * width
+        file = self._journal.hidden_file(self.index)
+        with disk_errors(file):
+            values = numpy.fromfile(file, numpy.float32, count, offset=4 * part * count)
+        return torch.from_numpy(values).view(self._batch, seqlen, width)
 
     def _keep(self, index: int, part: int, hidden: Tensor) -> None:
         if self._tensor is not None:

@@ -23,7 +23,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from safetensors import safe_open
 from torch import Tensor
@@ -200,13 +199,6 @@ class Journal:
         """Write the hidden states that enter a block."""
         with replacing(self.hidden_file(index)) as temporary:
             hidden.cpu().numpy().tofile(temporary)
-
-    def load_hidden(self, index: int, shape: tuple[int, ...]) -> Tensor:
-        """Read the hidden states that enter a block."""
-        with disk_errors(self.hidden_file(index)):
-            count = torch.Size(shape).numel()
-            path = str(self.hidden_file(index))
-            return torch.from_file(path, size=count, dtype=torch.float32).view(shape).clone()
 
     def latest_hidden(self, before: int) -> int | None:
         """The last block, up to `before`, whose hidden states are on the disk."""

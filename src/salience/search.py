@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from salience import grid
 from salience.errors import SalienceError
 from salience.grid import Grid
 from salience.methods import FoldScale, Method, Problem
+from salience.qtensor import QTensor
 from salience.scheme import Scheme
 from salience.structure import Fold
 
@@ -116,6 +118,8 @@ class Search:
             base,
             scales=self._scales,
             grids=self._grids,
+            # llm-awq clamps, then rounds: half a step from rounding at once to the narrower grid.
+            codes=partial(self._clamped_codes, base) if self.clips else base.codes,
             reads_text=base.reads_moments_to_code,
             trusted=not base.reads_moments_to_code,
         )
@@ -154,6 +158,25 @@ class Search:
         scales = torch.stack([torch.cat([g.scales for g in parts]) for parts in blocks])
         zeros = torch.stack([torch.cat([g.zeros for g in parts]) for parts in blocks])
         return Grid(scales, zeros, problem.scheme.levels)
+
+    def _clamped_codes(self, base: Method, problem: Problem, grids: Grid) -> list[QTensor]:
+        rows = [
+            torch.cat(
+                [self._clamped(n, w, problem.scheme) for n, w in zip(names, parts, strict=True)]
+            )
+            for names, parts in zip(
+                problem.names,
+                (weight.split(problem.rows) for weight in problem.weight),
+                strict=True,
+            )
+        ]
+        return base.codes(replace(problem, weight=torch.stack(rows)), grids)
+
+    def _clamped(self, name: str, weight: Tensor, scheme: Scheme) -> Tensor:
+        if name not in self.clips:
+            return weight
+        most = self.clips[name].to(weight.device)[..., None]
+        return grid.grouped(weight, scheme).clamp(-most, most).flatten(1)
 
     def _grid(self, name: str, weight: Tensor, scheme: Scheme) -> Grid:
         shape = (weight.shape[0], scheme.groups(weight.shape[1]))

@@ -34,18 +34,6 @@ from salience.search import FoundScale, Search
 
 _SEPARATOR = "|"
 _KIND = "salience-search"
-# What torch.load and the walk over its result raise for a file that is damaged or something else.
-_TORCH_LOAD_ERRORS = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    OSError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 def search_tensors(block: str, digest: str, solved: SolvedBlock) -> dict[str, Tensor]:
@@ -152,6 +140,14 @@ def _open_llm_awq(path: Path) -> Search:
     search = Search(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise SalienceError(
+            f"{path} is damaged, or holds more than tensors, names and lists and could run code; "
+            "it is not loaded"
+        ) from None
+    except Exception as error:  # of any kind for a damaged file, AssertionError among them
+        raise SalienceError(f"{path} is damaged ({type(error).__name__}); fetch it again") from None
+    try:
         scales, clips = content["scale"], content["clip"]
         for prev, sinks, scale in scales:
             block, names = _split([str(prev), *map(str, sinks)])
@@ -162,12 +158,7 @@ def _open_llm_awq(path: Path) -> Search:
             if not (values >= 0).all():
                 raise ValueError(f"the clip of {name} has values that are no magnitudes")
             search.clips[str(name)] = values
-    except pickle.UnpicklingError:
-        raise SalienceError(
-            f"{path} is damaged, or holds more than tensors, names and lists and could run code; "
-            "it is not loaded"
-        ) from None
-    except _TORCH_LOAD_ERRORS as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise SalienceError(f"{path} is no search result of llm-awq: {error}") from None
     return search
 
