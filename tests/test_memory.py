@@ -48,7 +48,7 @@ def wide(layers: int, folder: Path) -> Path:
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_blocks(tmp_path: Path, text_file: Path) -> None:
     """32 blocks have 340 MiB more fp32 weights than 4, and the process the same peak."""
-    options = ("--samples", "2", "--seqlen", "64")
+    options = ("--samples", "2", "--seqlen", "64", "--only", "q_proj")
     peaks = {
         layers: quantized(
             wide(layers, tmp_path / f"in{layers}"), tmp_path / f"out{layers}", text_file, *options
@@ -60,18 +60,18 @@ def test_peak_memory_does_not_grow_with_the_blocks(tmp_path: Path, text_file: Pa
 
 @pytest.mark.slow
 def test_peak_memory_stays_under_what_is_allowed(tmp_path: Path, text_file: Path) -> None:
-    """With hidden states of 256 MiB and 150 MiB left for them, they go to the disk."""
+    """With hidden states of 64 MiB and half of that left for them, they go to the disk."""
     source = wide(2, tmp_path / "in")
-    options = ("--samples", "256", "--seqlen", "512", "--method", "gptq")
+    options = ("--samples", "64", "--seqlen", "512", "--only", "q_proj")
     command = [sys.executable, "-m", "salience", "plan", str(source), "--device", "cpu", "--json"]
     command += ["--scheme", "w4g32", *options, "-o", str(tmp_path / "out")]
     planned = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     assert not planned["hidden_on_disk"]
-    allowed = planned["ram_bytes"] - 106 * MIB
+    allowed = planned["ram_bytes"] - 32 * MIB
     limit = ("--max-memory", f"{allowed // MIB}MiB")
     planned = json.loads(subprocess.run([*command, *limit], stdout=subprocess.PIPE).stdout)
     assert planned["fits"] and planned["hidden_on_disk"]
     big = tmp_path / "big.txt"
-    big.write_text(text_file.read_text() * 12)
+    big.write_text(text_file.read_text() * 4)
     made = quantized(source, tmp_path / "out", big, *options, *limit)
     assert made["peak"] <= allowed

@@ -31,7 +31,7 @@ from salience.hidden import HiddenStates
 from salience.job import Job
 from salience.journal import Journal
 from salience.loading import set_tensor
-from salience.machine import fast_matmul, peak_rss_bytes
+from salience.machine import fast_matmul, peak_rss_bytes, release_memory
 from salience.report import BlockReport
 from salience.search_files import search_tensors
 from salience.stats import SecondMoment
@@ -174,6 +174,7 @@ class _Engine:
                         self._save(index, each, result, seconds)
         with job.phase("write"):
             self._journal.forget_hidden(indices.stop)
+            release_memory()
 
     def _gather(self, block: nn.Module, index: int) -> LoadedBlock:
         """A block's structure and moments; the hidden states move past it."""

@@ -1,5 +1,6 @@
 """What this machine has: memory, and how fast it multiplies."""
 
+import ctypes
 import shutil
 import sys
 import time
@@ -38,6 +39,18 @@ def free_disk_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system.
+
+    glibc keeps pieces of up to 32 MiB for later, more of them with every block of weights.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return  # another C library
+    trim(0)
 
 
 @contextmanager

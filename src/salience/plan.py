@@ -31,7 +31,6 @@ from salience.methods.awq import EXPONENTS, SCALE_ROWS, TILE_CANDIDATES
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
 from salience.structure import Fold, find_blocks, linears, weight_of
-from salience.writer import SHARD_BYTES
 
 _FLOAT_BYTES = 2  # what is not quantized is written in fp16
 _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
@@ -326,9 +325,8 @@ def _ram_bytes(
     calibration: Calibration | None,
 ) -> int:
     embedding = model.get_input_embeddings().weight
-    # A shard waits, is laid out for the file, and may hold one tensor more than its size.
-    largest = max(p.numel() for p in model.parameters())
-    shard = 2 * max(SHARD_BYTES, _FLOAT_BYTES * largest)
+    # What is written last: the embeddings and a head of their own, in fp16, and a block's file.
+    shard = 2 * _FLOAT_BYTES * max(p.numel() for p in model.parameters())
     total = peak_rss_bytes()
     if source.is_gguf:
         total += sum(source.stored.nbytes(name) for name in source.stored.names())  # stays mapped

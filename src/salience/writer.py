@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from salience.checkpoint import INDEX_NAME
@@ -19,6 +19,18 @@ from salience.errors import SalienceError, StorageError
 from salience.machine import free_disk_bytes
 
 SHARD_BYTES = 2**29
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 
 
 class ShardWriter:
@@ -26,8 +38,8 @@ class ShardWriter:
 
     Args:
         folder: an empty folder.
-        shard_bytes: a shard is written when this much is waiting, so about that much memory is
-            held.
+        shard_bytes: a shard is written when this much is waiting. Of tensors that are mapped from
+            other files it costs no memory.
 
     Raises:
         StorageError: the disk is full or not writable.
@@ -78,11 +90,10 @@ class ShardWriter:
             return
         file = self.folder / f"shard-{len(self._shards)}"
         with disk_errors(self.folder):
-            save_file(self._waiting, file, metadata={"format": "pt"})
-            # safetensors makes its files private; these are as readable as any other new file.
-            file.chmod(self.folder.stat().st_mode & 0o666)
+            names = list(self._waiting)
+            save_tensors(file, self._waiting, {"format": "pt"})
         self._total += self._waiting_bytes
-        self._shards.append((file, list(self._waiting)))
+        self._shards.append((file, names))
         self._waiting, self._waiting_bytes = {}, 0
 
 
@@ -93,8 +104,41 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         StorageError: the disk is full or not writable.
     """
     with replacing(path) as temporary:
-        on_cpu = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        save_file(on_cpu, temporary, metadata=dict(metadata))
+        save_tensors(temporary, dict(tensors), metadata)
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file as the library does, but one tensor at a time.
+
+    The library lays the whole file out in memory first. Tensors that are mapped from other files
+    are read as they are written.
+
+    Args:
+        path: the file.
+        tensors: taken out of the dict one after the other, so that each can be freed.
+        metadata: of the file.
+    """
+    # Wide elements first, so that all are aligned in the file.
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.nbytes
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for name in order:
+            data = tensors.pop(name).detach().contiguous().cpu().flatten()
+            file.write(data.view(torch.uint8).numpy().data)
 
 
 def write_json(path: Path, value: object) -> None:
