@@ -99,7 +99,7 @@ def measure(workshop: Workshop, place: Path, kills: int, chance: random.Random) 
                 by_kind[kind] += 1
                 left.append(len(finished_blocks(cwd / "out.partial")) // 2)
                 continue
-            # Killed when only an empty folder was left: the work is done, and the output taken.
+            # Killed on its way out: the work is done, and the output taken.
             refused += "exists" in run.stderr
             if run.status and "exists" not in run.stderr:
                 sys.exit(run.stderr)
@@ -113,7 +113,7 @@ def measure(workshop: Workshop, place: Path, kills: int, chance: random.Random) 
         "kills_by_kind": by_kind,
         "seconds_of_a_whole_job": {kind: round(value, 2) for kind, value in seconds.items()},
         "kills_by_finished_blocks": {str(count): left.count(count) for count in sorted(set(left))},
-        "killed_after_the_last_rename": refused,
+        "killed_when_all_was_done": refused,
     }
 
 
