@@ -42,7 +42,11 @@ def is_published(out: Path) -> bool:
 
 def held_bytes(out: Path) -> int:
     """Disk that an unfinished job already has."""
-    return sum(path.stat().st_size for path in _folder(out).rglob("*") if path.is_file())
+    total = 0
+    for path in _folder(out).rglob("*"):
+        with suppress(OSError):  # another process may be at it, which is refused later
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def check_output(out: Path) -> None:
@@ -50,11 +54,15 @@ def check_output(out: Path) -> None:
 
     Raises:
         SalienceError: naming the folder.
+        StorageError: the folder cannot be read.
     """
     folder = _folder(out)
-    if is_published(out):
-        return
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    try:
+        if is_published(out):
+            return
+        names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    except OSError as error:
+        raise StorageError(f"cannot read {folder}: {error.strerror}") from None
     if _BEGUN not in names and names - {_LOCK, f".{_BEGUN}.tmp"}:
         raise SalienceError(
             f"{folder} exists and was not made by salience; move it, or name another output"
