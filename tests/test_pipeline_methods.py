@@ -329,9 +329,7 @@ def test_the_bytes_do_not_depend_on_where_hidden_states_are(
     for name, budget in {
         "memory": Budget(False, False, 0),
         "again": Budget(False, False, 0),
-        "disk": Budget(True, False, 0),
-        "rehearsed": Budget(False, True, 0),
-        "both": Budget(True, True, 0),
+        "disk, rehearsed": Budget(True, True, 0),
     }.items():
         monkeypatch.setattr(pipeline, "choose_budget", lambda *_args, b=budget: b)
         report = salience.quantize(str(two), tmp_path / name, **options)
