@@ -26,11 +26,11 @@ from transformers import (
 )
 
 import salience
+from helpers_checkpoint import dequantized, same_files
 from salience import assemble as assembling
 from salience import block, engine, pipeline
 from salience.calibration import Calibration
 from salience.errors import DoesNotFitError, SalienceError, StorageError
-from salience.formats import AutoAwq
 from salience.grid import Grid
 from salience.journal import Journal
 from salience.methods import Problem
@@ -71,29 +71,6 @@ def awq(
     out = tmp_path_factory.mktemp("awq") / "w4g32"
     report = salience.quantize(str(llama), out, scheme="w4g32", calibration=calibration)
     return out, report
-
-
-def dequantized(folder: Path) -> dict[str, Tensor]:
-    """The checkpoint of a quantized folder as a dense fp32 state dict."""
-    config = json.loads((folder / "config.json").read_text())["quantization_config"]
-    fmt = AutoAwq()
-    stored = load_file(folder / "model.safetensors")
-    dense = {}
-    for name, tensor in stored.items():
-        owner, _, leaf = name.rpartition(".")
-        if leaf not in fmt.tensors:
-            dense[name] = tensor.float()
-        elif leaf == "qweight":
-            parts = {key: stored[f"{owner}.{key}"] for key in fmt.tensors}
-            dense[f"{owner}.weight"] = fmt.read(parts, fmt.scheme(config, owner)).dequantize()
-    return dense
-
-
-def same_files(a: Path, b: Path) -> None:
-    names = sorted(path.name for path in a.iterdir())
-    assert names == sorted(path.name for path in b.iterdir())
-    for name in set(names) - {"salience_report.json"}:
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
 def test_folder_is_complete(awq: tuple[Path, Report], llama: Path) -> None:
