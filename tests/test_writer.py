@@ -121,7 +121,7 @@ def test_all_is_put_on_the_disk(out: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert after[-1] == out
     assert set(after) == {path for path in out.rglob("*") if path.is_file()} | {out}
     write_json(out / "x.json", {})
-    assert synced[-1] == out / ".x.json.tmp"
+    assert synced[-2:] == [out / ".x.json.tmp", out]
 
 
 KINDS = [ValueError, SalienceError, KeyboardInterrupt, SystemExit]
@@ -196,10 +196,12 @@ def test_output_that_is_a_mounted_disk(tmp_path: Path, monkeypatch: pytest.Monke
 def test_files_to_write(tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.touch()
-    refuse(lambda: check_file(there), f"{there} exists; name another file")
-    refuse(lambda: check_file(tmp_path / "no" / "x"), "the folder of", tmp_path / "no" / "x")
-    refuse(lambda: check_file(there / "x"), "the folder of", there / "x")
-    check_file(tmp_path / "new")
+    out = tmp_path / "out"
+    refuse(lambda: check_file(there, out), f"{there} exists; name another file")
+    refuse(lambda: check_file(tmp_path / "no" / "x", out), "the folder of", tmp_path / "no" / "x")
+    refuse(lambda: check_file(there / "x", out), "the folder of", there / "x")
+    refuse(lambda: check_file(out / "x", out), "is in the output", out / "x")
+    check_file(tmp_path / "new", out)
     assert entries(tmp_path) == ["there"]
 
 
@@ -207,7 +209,7 @@ def test_a_file_to_write_in_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    check_file(Path("new"))
+    check_file(Path("new"), Path("out"))
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
