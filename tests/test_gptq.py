@@ -245,10 +245,9 @@ GROUPS = [32, 64, 128, -1]
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group", GROUPS)
-@pytest.mark.parametrize("sym", [False, True])
-def test_nothing_to_see_is_finite(bits: int, group: int, sym: bool) -> None:
+def test_nothing_to_see_is_finite(bits: int, group: int) -> None:
     """Rows and groups of zeros, on inputs from none at all to plenty."""
-    scheme = Scheme(bits, group, sym)
+    scheme = Scheme(bits, group, sym=(BITS.index(bits) + GROUPS.index(group)) % 2 == 1)
     weight = weights(8, 128, 17)
     weight[0, 0] = 0
     weight[0, 1, 32:64] = 0

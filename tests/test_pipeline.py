@@ -436,21 +436,19 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize("owner_step", STEPS, ids=lambda step: step[1])
+# Each step with a refusal and with Ctrl-C; what else is kept, once.
+STOPS = [
+    *((step, kind) for step in STEPS for kind in (SalienceError, KeyboardInterrupt)),
+    *((STEPS[0], kind) for kind in (StorageError, DoesNotFitError, RuntimeError)),
+]
+
+
 @pytest.mark.parametrize(
-    ("kind", "left"),
-    [
-        (SalienceError, False),
-        (KeyboardInterrupt, True),
-        (StorageError, True),
-        (DoesNotFitError, True),
-        (RuntimeError, True),
-    ],
+    ("owner_step", "kind"), STOPS, ids=[f"{step[1]}-{kind.__name__}" for step, kind in STOPS]
 )
 def test_a_failure_leaves_nothing_or_what_can_be_continued(
     owner_step: tuple[Any, str],
     kind: type[BaseException],
-    left: bool,
     awq: tuple[Path, Report],
     llama: Path,
     calibration: Calibration,
@@ -474,7 +472,7 @@ def test_a_failure_leaves_nothing_or_what_can_be_continued(
             salience.quantize(str(llama), out, **config)
     assert calls
     rest = out.parent / "out.partial"
-    assert list(out.parent.iterdir()) == ([rest] if left else [])
+    assert list(out.parent.iterdir()) == ([] if kind is SalienceError else [rest])
     assert not (rest / "published").exists()
     report = salience.quantize(str(llama), out, **config)
     assert list(out.parent.iterdir()) == [out]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from salience.calibration import block_inputs, run_block
+from salience.calibration import record_inputs, run_block
 from salience.errors import SalienceError
 from salience.loading import load
 from salience.structure import (
@@ -142,11 +142,19 @@ def test_find_blocks(llama: Path) -> None:
 def test_folds_of_llama(llama: Path) -> None:
     model = load(llama)
     blocks = model.model.layers
-    inputs = block_inputs(model, blocks, random_tokens(2, 16), 2, torch.device("cpu"))
+    hidden: list[Tensor] = []
+    arguments = record_inputs(
+        model,
+        blocks,
+        random_tokens(2, 16),
+        2,
+        torch.device("cpu"),
+        lambda _, part: hidden.append(part),
+    )
     block = blocks[0]
 
     def run() -> Tensor:
-        return run_block(block, inputs.hidden, inputs.arguments[0])
+        return run_block(block, hidden[0], arguments.of(0, 0))
 
     with torch.no_grad():
         groups = sink_groups(block, run)
