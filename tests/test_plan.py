@@ -69,9 +69,7 @@ def budget(folder: Path, max_memory: int | None, method: str = "awq", samples: i
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "matmul_flops", lambda _device: 1e11)
-    # The tests of memory are about tensors, which are small beside the usual shard.
-    monkeypatch.setattr(module, "SHARD_BYTES", 2**16)
+    monkeypatch.setattr(module, "matmul_flops", lambda _device, _size: 1e11)
     monkeypatch.setattr(module, "peak_rss_bytes", lambda: 2**28)
 
 
