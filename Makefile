@@ -8,7 +8,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/main_job.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .
