@@ -69,9 +69,7 @@ def budget(folder: Path, max_memory: int | None, method: str = "awq", samples: i
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "matmul_flops", lambda _device: 1e11)
-    # The tests of memory are about tensors, which are small beside the usual shard.
-    monkeypatch.setattr(module, "SHARD_BYTES", 2**16)
+    monkeypatch.setattr(module, "matmul_flops", lambda *_args: 1e11)
     monkeypatch.setattr(module, "peak_rss_bytes", lambda: 2**28)
 
 
@@ -223,8 +221,14 @@ def test_time_by_phase(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(rtn.seconds) == {"read", "search"}
     assert all(seconds > 0 for seconds in (*awq.seconds.values(), *rtn.seconds.values()))
     assert rtn.seconds["search"] < awq.seconds["search"]
+    gptq = plan(llama, "w4g32", method="gptq").seconds
+    longer = plan(llama, "w4g32", method="gptq", samples=80).seconds
+    assert longer["statistics"] == pytest.approx(10 * gptq["statistics"])
+    assert longer["search"] == gptq["search"]
+    # Folds are proved on one micro-batch, however long the text is.
     longer = plan(llama, "w4g32", samples=80).seconds
-    assert longer["statistics"] == pytest.approx(10 * awq.seconds["statistics"])
+    assert gptq["statistics"] < awq.seconds["statistics"]
+    assert awq.seconds["statistics"] < longer["statistics"] < 10 * awq.seconds["statistics"]
     assert longer["search"] == awq.seconds["search"]
     assert rtn.ram_bytes <= awq.ram_bytes
 
