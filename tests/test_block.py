@@ -329,7 +329,9 @@ def test_weights_that_no_codebook_holds(make: Make) -> None:
 @torch.no_grad()
 def test_without_text_it_is_rounding(make: Make, method: Method, scheme: str) -> None:
     blocks = without_text(make())
-    for block, each in zip(blocks, solve(blocks, method, of_all(scheme)), strict=True):
+    for block, each in zip(
+        blocks, solve(blocks, method, of_all(scheme), method.trusted), strict=True
+    ):
         assert each.scales == []
         for name, coded in each.linears.items():
             weight = weight_of(block.module.get_submodule(name))
