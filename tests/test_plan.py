@@ -69,7 +69,7 @@ def budget(folder: Path, max_memory: int | None, method: str = "awq", samples: i
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "matmul_flops", lambda _device, _size: 1e11)
+    monkeypatch.setattr(module, "matmul_flops", lambda *_args: 1e11)
     monkeypatch.setattr(module, "peak_rss_bytes", lambda: 2**28)
 
 
@@ -221,10 +221,15 @@ def test_time_by_phase(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(rtn.seconds) == {"read", "search"}
     assert all(seconds > 0 for seconds in (*awq.seconds.values(), *rtn.seconds.values()))
     assert rtn.seconds["search"] < awq.seconds["search"]
-    short, long = (plan(llama, "w4g32", method="gptq", samples=n).seconds for n in (8, 80))
-    assert long["statistics"] == pytest.approx(10 * short["statistics"])
-    assert long["search"] == short["search"]
-    assert awq.seconds["statistics"] > short["statistics"]  # folds are proved
+    gptq = plan(llama, "w4g32", method="gptq").seconds
+    longer = plan(llama, "w4g32", method="gptq", samples=80).seconds
+    assert longer["statistics"] == pytest.approx(10 * gptq["statistics"])
+    assert longer["search"] == gptq["search"]
+    # Folds are proved on one micro-batch, however long the text is.
+    longer = plan(llama, "w4g32", samples=80).seconds
+    assert gptq["statistics"] < awq.seconds["statistics"]
+    assert awq.seconds["statistics"] < longer["statistics"] < 10 * awq.seconds["statistics"]
+    assert longer["search"] == awq.seconds["search"]
     assert rtn.ram_bytes <= awq.ram_bytes
 
 
