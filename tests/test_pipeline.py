@@ -410,6 +410,21 @@ def test_other_architectures_load_again(calibration: Calibration, tmp_path: Path
         assert error(logits(salience.load(out)), logits(model)) < 0.5
 
 
+def test_blocks_are_reported_as_they_finish(
+    llama: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    seen: list[Any] = []
+    report = salience.quantize(
+        str(llama),
+        tmp_path / "out",
+        scheme="w4g32",
+        calibration=calibration,
+        on_block=seen.append,
+    )
+    assert seen == report.blocks and len(seen) == 3
+    assert all(0 < block.error <= block.error_rtn and block.folds for block in seen)
+
+
 def test_progress(llama: Path, calibration: Calibration, tmp_path: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     salience.quantize(

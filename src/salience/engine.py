@@ -312,6 +312,7 @@ class _Engine:
             found = search_tensors(block.name, job.digest(index), solved)
             self._journal.save_search(index, found)
         self._journal.save_block(index, tensors, record)
+        job.on_block(report)
 
     def _first(self, kind: tuple[object, ...]) -> int:
         """The first block of a kind."""

@@ -16,7 +16,7 @@ from salience.formats import Format
 from salience.loading import read_tensor, set_tensor
 from salience.methods import Method
 from salience.recipe import Recipe
-from salience.report import versions
+from salience.report import BlockReport, versions
 from salience.scheme import Scheme
 from salience.search import Search
 from salience.source import Source
@@ -42,6 +42,7 @@ class Job:
         search: scales and grids found before, in place of a search.
         save_search: keep what is found.
         progress: called with (phase, done, total).
+        on_block: called with the report of each block when it is done.
         seconds: spent in each phase so far.
     """
 
@@ -57,6 +58,7 @@ class Job:
     search: Search | None = None
     save_search: bool = False
     progress: Progress = lambda _phase, _done, _total: None
+    on_block: Callable[[BlockReport], None] = lambda _report: None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager

@@ -12,7 +12,7 @@ beside the output, so that after a kill the same command goes on from there.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from salience.machine import peak_rss_bytes
 from salience.methods import check_method, default_format, default_scheme, get_method
 from salience.plan import check_schemes, check_source, checkpoint_bytes, choose_budget, mean_bits
 from salience.recipe import Recipe
-from salience.report import Report, read_report, versions
+from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
 from salience.source import open_source
@@ -56,6 +56,7 @@ def quantize(
     from_search: str | Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
+    on_block: Callable[[BlockReport], None] | None = None,
 ) -> Report:
     """Quantize a model into a new checkpoint folder.
 
@@ -64,7 +65,7 @@ def quantize(
     Args:
         model: a folder, a `.gguf` file, a Hub name, or `smollm2-135m`.
         out: the folder to make; it appears when it is whole.
-        method: "awq" (None), "gptq" or "rtn".
+        method: "awq" (None), "gptq", "rtn" or "nf4".
         effort: "fast" (None), or "balanced": AWQ's scales and grids with GPTQ's codes.
         scheme: of the linears in the blocks, a Scheme or its name; None is w4g128.
         rules: (pattern, scheme) of linears that get another scheme; they reach `lm_head` too.
@@ -80,6 +81,7 @@ def quantize(
             above is then what the search was made with.
         trust_remote_code: let the model's own Python code run.
         progress: called with (phase, done, total).
+        on_block: called with the report of each block when it is done.
 
     Returns:
         The report, which is also in the folder.
@@ -125,6 +127,7 @@ def quantize(
         search=search,
         save_search=save_search is not None,
         progress=progress or (lambda _phase, _done, _total: None),
+        on_block=on_block or (lambda _report: None),
     )
     check_source(source, skeleton, job.weights)
     for each in schemes.values():

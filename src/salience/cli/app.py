@@ -11,7 +11,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from salience.cli.console import parse_size, print_json, progress_bar, size, stderr, stdout
+from salience.cli.console import (
+    parse_size,
+    print_json,
+    progress_bar,
+    show_block,
+    size,
+    stderr,
+    stdout,
+)
 from salience.errors import SalienceError
 from salience.scheme import Scheme
 
@@ -93,7 +101,9 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-KernelOption = Annotated[str, typer.Option("--kernel", help="auto, reference or cpu_int4.")]
+KernelOption = Annotated[
+    str, typer.Option("--kernel", help="auto, reference, cpu_int4 or codebook.")
+]
 
 
 @app.command()
@@ -222,6 +232,14 @@ def quantize(
             from_search=from_search,
             trust_remote_code=trust_remote_code,
             progress=progress,
+            on_block=lambda block: show_block(
+                block.name,
+                block.error_rtn,
+                block.error,
+                block.folds,
+                block.seconds,
+                block.peak_vram_bytes or block.peak_rss_bytes,
+            ),
         )
     if json:
         keys = ["out", "method", "effort", "scheme", "format", "seconds", "phase_seconds"]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from salience.errors import SalienceError
@@ -33,6 +34,18 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(task, description=f"{title}: {phase}", completed=done, total=total)
 
         yield update
+
+
+def show_block(
+    name: str, error_rtn: float, error: float, folds: int, seconds: float, memory: int
+) -> None:
+    """A line for a finished block, above the bar; nothing off a terminal, as with the bar."""
+    if stderr.is_terminal:
+        ratio = error / error_rtn if error_rtn else 1.0
+        stderr.print(
+            f"{escape(name)}: output error {error_rtn:.2e} rounded, {error:.2e} now "
+            f"([bold]{ratio:.2f}[/bold]), {folds} folds, {seconds:.1f} s, {size(memory)}"
+        )
 
 
 def print_json(value: dict[str, Any]) -> None:
