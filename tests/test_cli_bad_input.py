@@ -546,7 +546,9 @@ def test_search_files(quantize: Run, model: Path, out: Path, tmp_path: Path) -> 
     )
     for text in (b"", b"nonsense", b"\x80\x02K\x01."):
         (tmp_path / "theirs.pt").write_bytes(text)
-        assert f"{tmp_path / 'theirs.pt'} is " in quantize("--from-search", tmp_path / "theirs.pt")
+        line = quantize("--from-search", tmp_path / "theirs.pt")
+        assert f"{tmp_path / 'theirs.pt'} is " in line
+        assert "no search result of llm-awq" in line or "damaged" in line
 
 
 # Calibration.

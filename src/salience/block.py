@@ -268,7 +268,10 @@ def _rounded(problem: Problem) -> Tensor:
             for n, bad in zip(names, rows[i], strict=True)
             if bad
         )
-        raise SalienceError(f"{name}: a group's range is too wide for an fp16 scale")
+        kind = "fp16" if scheme.codebook is None else "fp32"
+        raise SalienceError(f"{name}: a group's range is too wide for an {kind} scale")
+    if scheme.double_quant:  # its scales are rounded, too
+        return _stack(grid.quantize(each, scheme).dequantize() for each in weight)
     return grid.snap(grid.grouped(weight, scheme), made).flatten(-2)
 
 

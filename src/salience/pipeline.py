@@ -21,6 +21,7 @@ import torch
 from salience.assemble import assemble, collect
 from salience.calibration import Calibration
 from salience.engine import run_blocks
+from salience.errors import SalienceError
 from salience.formats import get_format
 from salience.job import Job, Progress, identity
 from salience.journal import Journal, check_output, held_bytes, is_published
@@ -128,6 +129,8 @@ def quantize(
     check_source(source, skeleton, job.weights)
     for each in schemes.values():
         check_method(get_method(method, effort), each)
+        if save_search is not None and each.codebook is not None:
+            raise SalienceError(f"--save-search has nothing to save of --scheme {each}: no search")
     check_schemes(skeleton, schemes, job.fmt)
     if save_search is not None and not is_published(target):
         check_file(Path(save_search), target)
