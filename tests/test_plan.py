@@ -69,7 +69,7 @@ def budget(folder: Path, max_memory: int | None, method: str = "awq", samples: i
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "matmul_flops", lambda *_args: 1e11)
+    monkeypatch.setattr(module, "matmul_flops", lambda _device, _size: 1e11)
     monkeypatch.setattr(module, "peak_rss_bytes", lambda: 2**28)
 
 
