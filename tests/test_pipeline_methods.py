@@ -12,6 +12,7 @@ import salience
 from helpers_checkpoint import config_of, dequantized, qtensors, same_files, stored_tensors
 from salience import pipeline
 from salience.calibration import Calibration
+from salience.errors import SalienceError
 from salience.formats import get_format
 from salience.methods import get_method
 from salience.plan import Budget, make_plan
@@ -225,6 +226,14 @@ def test_the_head(
     assert head.error == pytest.approx(relative, rel=1e-3)
 
 
+def test_formats_whose_readers_keep_the_head_float(two: Path, tmp_path: Path) -> None:
+    for options in ({"scheme": "w4g32"}, {"method": "nf4"}):
+        rules = [("lm_head", options.get("scheme", "nf4"))]
+        with pytest.raises(SalienceError, match="take lm_head for float; use --format compressed"):
+            salience.quantize(str(two), tmp_path / "out", rules=rules, **options)  # type: ignore[arg-type]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_only_the_head(tied: Path, calibration: Calibration, tmp_path: Path) -> None:
     """No linear of a block: those are written float."""
     report = salience.quantize(
@@ -316,6 +325,7 @@ def test_the_bytes_do_not_depend_on_where_hidden_states_are(
     """Nor on when it was run, nor on a rehearsal before it."""
     options: dict[str, Any] = METHODS.get(method, {"method": method})
     options |= {"scheme": "w4g32", "calibration": calibration, "rules": [("lm_head", "w4g32")]}
+    options |= {"format": "compressed-tensors"}
     calls: list[Budget] = []
     right = pipeline.run_blocks
 

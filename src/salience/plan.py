@@ -198,6 +198,13 @@ def check_schemes(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) 
     Raises:
         SalienceError: naming a linear and the group sizes that would fit.
     """
+    prefix, _ = find_blocks(model)
+    outside = [name for name in schemes if not name.startswith(f"{prefix}.")]
+    if outside and not fmt.heads:
+        raise SalienceError(
+            f"readers of --format {fmt.name} take {outside[0]} for float; use "
+            "--format compressed-tensors, or leave it out of --rule"
+        )
     shapes = _shapes(model, schemes)
     fmt.check(schemes, shapes)
     for name, (_, columns) in shapes.items():

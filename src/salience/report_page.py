@@ -120,6 +120,8 @@ def _tiles(report: Report) -> str:
     kept = sum(linear.kept_rtn for linear in report.linears)
     tiles = {
         "plain rounding's output error": f"{_ratio(report.error, report.error_rtn)} \u00d7",
+        "options": _pairs({k: v for k, v in report.options.items() if v and k != "scheme"})
+        or "none",
         "bits a weight": f"{report.bits_per_weight:.2f}",
         "linears quantized": f"{len(report.linears)}",
         "linears that kept plain rounding": f"{kept}",

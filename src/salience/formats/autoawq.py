@@ -33,6 +33,7 @@ class AutoAwq:
     name: str = "awq"
     tensors: frozenset[str] = frozenset({"qweight", "qzeros", "scales"})
     marker: str = "qweight"
+    heads: bool = False
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         version = str(config.get("version", config.get("format", "gemm"))).lower()

@@ -25,6 +25,11 @@ class Format(Protocol):
         """The one of `tensors` that every quantized linear has and no float one."""
         ...
 
+    @property
+    def heads(self) -> bool:
+        """Whether readers take quantized linears outside the decoder's blocks, such as the head."""
+        ...
+
     def detect(self, config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint's `quantization_config` is of this format."""
         ...

@@ -40,6 +40,7 @@ class BitsAndBytes:
     name: str = "bitsandbytes"
     tensors: frozenset[str] = _PLAIN | _NESTED
     marker: str = "weight.absmax"
+    heads: bool = False
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "bitsandbytes"

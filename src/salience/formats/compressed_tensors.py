@@ -45,6 +45,7 @@ class CompressedTensors:
         {"weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"}
     )
     marker: str = "weight_packed"
+    heads: bool = True
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "compressed-tensors"
