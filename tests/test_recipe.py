@@ -138,3 +138,15 @@ def test_resolve_is_scheme_of_for_each(
     else:
         with pytest.raises(SalienceError, match="leave no linear"):
             recipe.resolve(NAMES, "model.layers")
+
+
+def test_what_cannot_be_quantized_is_refused_with_the_reason() -> None:
+    names = ["model.layers.0.self_attn.q_proj"]
+    floats = {"model.layers.0.mlp.experts": "expert", "lm_head": "outside the blocks"}
+    for recipe in (Recipe(only=("experts",)), Recipe(rules=(("experts", Scheme(8, 64)),))):
+        with pytest.raises(
+            SalienceError, match=r"asks for model\.layers\.0\.mlp\.experts.*\(expert"
+        ):
+            recipe.resolve(names, "model.layers", floats)
+    with pytest.raises(SalienceError, match="matches no linear"):
+        Recipe(skip=("experts",)).resolve(names, "model.layers", floats)

@@ -34,7 +34,7 @@ from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
 from salience.source import open_source
-from salience.structure import find_blocks, linears
+from salience.structure import find_blocks, kept, linears
 from salience.writer import check_disk, check_file
 
 
@@ -107,7 +107,7 @@ def quantize(
     rest = tuple((pattern, _scheme(each)) for pattern, each in rules)
     wanted = _scheme(default_scheme(method) if scheme is None else scheme)
     recipe = Recipe(wanted, rest, tuple(skip), tuple(only))
-    schemes: Mapping[str, Scheme] = recipe.resolve(list(linears(skeleton)), prefix)
+    schemes: Mapping[str, Scheme] = recipe.resolve(list(linears(skeleton)), prefix, kept(skeleton))
     if search is not None:
         search.check_names(linears(skeleton), [f"{prefix}.{i}" for i in range(len(blocks))])
         # The search knows; what is said beside it can only agree.

@@ -11,7 +11,7 @@ Patterns are regular expressions, searched for anywhere in the full module name.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from salience.errors import SalienceError
@@ -62,19 +62,29 @@ class Recipe:
                 return scheme
         return self.scheme if inside else None
 
-    def resolve(self, names: Sequence[str], prefix: str) -> dict[str, Scheme]:
+    def resolve(
+        self, names: Sequence[str], prefix: str, floats: Mapping[str, str] | None = None
+    ) -> dict[str, Scheme]:
         """The scheme of each module to quantize.
 
         Args:
             names: full names of all modules that could be.
             prefix: name of the list of blocks.
+            floats: full names of modules that stay float in any case, with the reason.
 
         Raises:
             SalienceError: a pattern that matches none of them, or nothing left to quantize.
         """
         for pattern in (*(p for p, _ in self.rules), *self.skip, *self.only):
-            if not any(re.search(pattern, name) for name in names):
-                raise SalienceError(f"pattern {pattern!r} matches no linear of the model")
+            if any(re.search(pattern, name) for name in names):
+                continue
+            for name, reason in (floats or {}).items():
+                if pattern not in self.skip and re.search(pattern, name):
+                    raise SalienceError(
+                        f"pattern {pattern!r} asks for {name}, which cannot be quantized yet "
+                        f"({reason}); leave it out, and it stays float"
+                    )
+            raise SalienceError(f"pattern {pattern!r} matches no linear of the model")
         found = {}
         for name in names:
             scheme = self.scheme_of(name, name.startswith(f"{prefix}."))

@@ -132,7 +132,7 @@ def plan(
     from salience.plan import make_plan
     from salience.recipe import Recipe
     from salience.source import open_source
-    from salience.structure import find_blocks, linears
+    from salience.structure import find_blocks, kept, linears
 
     name = method.value if method else "awq"
     chosen = get_method(name, effort.value if effort else "fast")
@@ -144,7 +144,7 @@ def plan(
         tuple(skip or ()),
         tuple(only or ()),
     )
-    schemes = recipe.resolve(list(linears(skeleton)), find_blocks(skeleton)[0])
+    schemes = recipe.resolve(list(linears(skeleton)), find_blocks(skeleton)[0], kept(skeleton))
     for each in schemes.values():
         check_method(chosen, each)
     result = make_plan(
@@ -257,6 +257,10 @@ def quantize(
         f"rounding's ({kept} linears kept it), {report.seconds:.0f} s, "
         f"{size(report.peak_rss_bytes)} peak"
     )
+    if report.kept_modules:
+        some, count = report.kept_modules[:3], len(report.kept_modules)
+        more = f" and {count - len(some)} more" if count > len(some) else ""
+        stdout.print(escape(f"stayed float: {', '.join(some)}{more}"))
 
 
 def _rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:
