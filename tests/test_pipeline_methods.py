@@ -10,7 +10,7 @@ from transformers import Gemma4TextConfig, LlamaForCausalLM
 
 import salience
 from helpers_checkpoint import config_of, dequantized, qtensors, same_files, stored_tensors
-from salience import pipeline
+from salience import grid, pipeline
 from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.formats import get_format
@@ -224,6 +224,44 @@ def test_the_head(
     away = x @ (qtensors(out)["lm_head"].dequantize(torch.float64) - weight).T
     relative = (away.square().sum() / (x @ weight.T).square().sum()).item()
     assert head.error == pytest.approx(relative, rel=1e-3)
+
+
+@pytest.mark.parametrize("pattern", ["embed_tokens", "embed_tokens|lm_head"])
+@pytest.mark.parametrize("source", ["two", "tied"])
+def test_the_embeddings(
+    pattern: str,
+    source: str,
+    calibration: Calibration,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Each alone or with the head; tied ones part."""
+    folder, out = request.getfixturevalue(source), tmp_path / "out"
+    report = salience.quantize(
+        str(folder),
+        out,
+        scheme="w4g32",
+        rules=[(pattern, "w3g32")],
+        format="compressed-tensors",
+        calibration=calibration,
+        effort="balanced",
+    )
+    never_worse(report)
+    heads = {"lm_head"} if "lm_head" in pattern else set()
+    outside = {"model.embed_tokens"} | heads
+    assert {linear.name for linear in report.linears if linear.scheme == "w3g32"} == outside
+    assert config_of(out)["tie_word_embeddings"] is False
+    stored, floats = stored_tensors(out), stored_tensors(folder)
+    assert "model.embed_tokens.weight" not in stored
+    if not heads:
+        own = "model.embed_tokens.weight" if source == "tied" else "lm_head.weight"
+        assert torch.equal(stored["lm_head.weight"], floats[own].half())
+    embeddings = salience.load(out).get_input_embeddings()
+    expected = qtensors(out)["model.embed_tokens"].dequantize()
+    assert torch.equal(embeddings(torch.arange(VOCABULARY).view(2, -1)).flatten(0, 1), expected)
+    plain = grid.quantize(floats["model.embed_tokens.weight"].float(), Scheme(3, 32))
+    assert torch.equal(plain.dequantize(), expected)
+    assert error(logits(salience.load(out)), logits(salience.load(folder))) < 0.8
 
 
 def test_formats_whose_readers_keep_the_head_float(two: Path, tmp_path: Path) -> None:

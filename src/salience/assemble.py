@@ -54,6 +54,10 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
             continue
         for stored, part in stored_tensors(job.skeleton, job.weights, name, tensor).items():
             writer.add(stored, part)
+    for name in job.parted_heads():
+        embeddings = job.skeleton.get_input_embeddings()
+        stored = next(n for n, m in job.skeleton.named_modules() if m is embeddings)
+        writer.add(f"{name}.weight", to_half(job.float_tensor(f"{stored}.weight"), name))
     writer.write_json("config.json", _config(job))
     writer.write_json(REPORT_NAME, asdict(report))
     with disk_errors(journal.final):
@@ -78,5 +82,7 @@ def _config(job: Job) -> dict[str, Any]:
         config["tie_word_embeddings"] = False  # the head has codes of its own now
     # Under the names of the model's modules, and under those other runtimes may go by.
     floats = [*job.kept, *(stored_owner(job.weights, name) for name in job.kept)]
-    config["quantization_config"] = job.fmt.config(job.schemes, list(dict.fromkeys(floats)))
+    config["quantization_config"] = job.fmt.config(
+        job.schemes, list(dict.fromkeys(floats)), job.outside
+    )
     return config

@@ -52,8 +52,8 @@ class LoadedBlock:
         name: its full name.
         module: the block; it is left folded.
         structure: of its kind, the same object for all blocks of it.
-        moments: of the input of each group, by the group's first linear; empty when no text is
-            read.
+        moments: of the input of each group, by the group's first linear; those that are missing
+            are of unit covariance.
         run: runs the block on inputs that folds are proved on; None where there are no folds.
     """
 
@@ -169,7 +169,7 @@ def _problems(
     if not of_scheme:
         return []
     second = mean_abs = None
-    if blocks[0].moments:
+    if group[0] in blocks[0].moments:
         moments = [block.moments[group[0]] for block in blocks]
         second, mean_abs = _stack(m.second for m in moments), _stack(m.mean_abs for m in moments)
         for i, choices in enumerate(kept):

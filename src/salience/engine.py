@@ -319,7 +319,10 @@ class _Engine:
         return next(i for i, other in enumerate(self._job.blocks) if _kind(other) == kind)
 
     def _solve_outside(self) -> None:
-        """Linears in no block, such as the head: as one more block."""
+        """What is in no block, the head and the embeddings: as one more block.
+
+        Embeddings look up one row a token, so all their inputs are alike: unit covariance.
+        """
         job, count = self._job, len(self._job.blocks)
         if not job.outside or self._journal.done() > count:
             return
@@ -330,6 +333,7 @@ class _Engine:
             moments = {
                 name: SecondMoment.empty(job.weight_shape(name)[1], job.device)
                 for name in job.outside
+                if not isinstance(job.skeleton.get_submodule(name), nn.Embedding)
             }
             tokens = self._tokens[: len(hidden.get(0))].to(job.device)
             with job.phase("statistics"), _embeddings(job), fast_matmul():
@@ -346,7 +350,7 @@ class _Engine:
 
 
 class _Outside(nn.Module):
-    """The linears in no block, under their full names."""
+    """What is coded of what is in no block, as linears under their full names."""
 
     def __init__(self, job: Job) -> None:
         super().__init__()
@@ -403,7 +407,8 @@ def _drop(_part: int, _hidden: Tensor) -> None:
 
 def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:
     def add(name: str, x: Tensor) -> None:
-        moments[name].update(x)
+        if name in moments:
+            moments[name].update(x)
 
     return add
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from salience.formats import detect_format, stored_config
 from salience.source import Source
-from salience.structure import linears, weight_of
+from salience.structure import codable, linears, weight_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +55,11 @@ def inspect(source: Source) -> Inspection:
     fmt = detect_format(config)
     stored = source.weights(model)
     modules, kept, bits, count = [], [], 0, 0
-    for name, linear in linears(model).items():
+    for name, linear in codable(model).items():
         rows, columns = weight_of(linear).shape
         parts = [f"{name}.{part}" for part in fmt.tensors if f"{name}.{part}" in stored.names()]
         if f"{name}.{fmt.marker}" not in parts:
-            kept.append(name)
+            kept += [] if isinstance(linear, nn.Embedding) else [name]
             continue
         scheme = str(fmt.scheme(config, name))
         modules.append(Module(name, columns, rows, scheme))

@@ -89,13 +89,20 @@ class Job:
 
     @property
     def outside(self) -> list[str]:
-        """Linears to quantize that are in no block."""
+        """What to quantize that is in no block: the head, the embeddings."""
         return [name for name in self.schemes if not name.startswith(f"{self.prefix}.")]
 
     def is_tied(self, name: str) -> bool:
         """Whether a linear's weight is the embeddings'."""
         shared = {id(p) for p in self.skeleton.get_input_embeddings().parameters()}
         return id(self.skeleton.get_submodule(name).weight) in shared
+
+    def parted_heads(self) -> list[str]:
+        """A head that stays float while the embeddings it is tied to are coded."""
+        head = self.skeleton.get_output_embeddings()
+        names = [n for n, m in self.skeleton.named_modules() if head is not None and m is head]
+        coded = any(n not in names and self.is_tied(n) for n in self.outside)
+        return [n for n in names if coded and self.is_tied(n) and n not in self.schemes]
 
     def peak_vram_bytes(self) -> int:
         """Most GPU memory of tensors so far, 0 on CPUs."""

@@ -1,10 +1,11 @@
-"""QuantLinear: a linear whose weight stays packed."""
+"""QuantLinear and QuantEmbedding: modules whose weight stays packed."""
 
 import torch
 from torch import Tensor, nn
 
 from salience import kernels
 from salience.errors import SalienceError
+from salience.packing import pack, unpack
 from salience.qtensor import QTensor
 
 
@@ -53,3 +54,31 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, kernel={self.kernel}"
+
+
+class QuantEmbedding(nn.Module):
+    """Rows of a low-bit weight, unpacked as they are looked up.
+
+    Args:
+        qt: the weight [vocabulary, hidden].
+        dtype: of the rows.
+    """
+
+    def __init__(self, qt: QTensor, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = qt.out_features, qt.in_features
+        self.scheme, self._dtype = qt.scheme, dtype
+        self.register_buffer("packed", pack(qt.q, qt.scheme.bits))
+        self.register_buffer("scales", qt.scales.clone())
+        self.register_buffer("zeros", qt.zeros.clone())
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] to rows [..., hidden]."""
+        rows = ids.flatten()
+        codes = unpack(self.get_buffer("packed")[rows], self.scheme.bits, self.embedding_dim)
+        scales, zeros = self.get_buffer("scales")[rows], self.get_buffer("zeros")[rows]
+        weight = QTensor(codes, scales, zeros, self.scheme).dequantize(self._dtype)
+        return weight.view(*ids.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"

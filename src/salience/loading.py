@@ -17,8 +17,8 @@ from salience.checkpoint import Checkpoint, read_json
 from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
 from salience.formats.base import Format
-from salience.linear import QuantLinear
-from salience.modules import bias_of, linears, weight_of
+from salience.linear import QuantEmbedding, QuantLinear
+from salience.modules import bias_of, codable, weight_of
 from salience.source import Source, open_source
 
 
@@ -121,11 +121,11 @@ def _fill_quantized(
     device: torch.device,
     kernel: str,
 ) -> set[str]:
-    """Swap in a QuantLinear for each linear that owns packed tensors; returns their names."""
+    """Swap in packed modules for those that own packed tensors; returns the tensors' names."""
     fmt = detect_format(config)
     own = fmt.tensors - {"weight"}  # a float linear has one of that name too
     used: set[str] = set()
-    for name, linear in linears(model).items():
+    for name, linear in codable(model).items():
         if not any(f"{name}.{local}" in stored.names() for local in own):
             continue
         tensors = {local: f"{name}.{local}" for local in fmt.tensors}
@@ -138,7 +138,10 @@ def _fill_quantized(
         bias = None
         if (like := bias_of(linear)) is not None:
             bias = read_tensor(stored, f"{name}.bias", like).to(device)
-        model.set_submodule(name, QuantLinear(qt, bias, kernel))
+        if isinstance(linear, nn.Embedding):
+            model.set_submodule(name, QuantEmbedding(qt, linear.weight.dtype))
+        else:
+            model.set_submodule(name, QuantLinear(qt, bias, kernel))
         used.update(tensors.values(), [f"{name}.bias"])
     endings = tuple(f".{local}" for local in own)
     orphans = {name for name in stored.names() - used if name.endswith(endings)}

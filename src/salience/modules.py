@@ -55,6 +55,17 @@ def linears(module: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def embeddings(model: nn.Module) -> dict[str, nn.Module]:
+    """The input embeddings of a causal language model, by name, if looking up is all they do."""
+    own = model.get_input_embeddings()  # type: ignore[operator]
+    return {n: m for n, m in model.named_modules() if m is own and type(m) is nn.Embedding}
+
+
+def codable(model: nn.Module) -> dict[str, nn.Module]:
+    """What of a whole model can be coded: its linears and its input embeddings."""
+    return {**linears(model), **embeddings(model)}
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b and nothing else: a Linear, or GPT-2's Conv1D.
 

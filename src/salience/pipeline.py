@@ -34,7 +34,7 @@ from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
 from salience.source import open_source
-from salience.structure import find_blocks, kept, linears
+from salience.structure import codable, find_blocks, kept
 from salience.writer import check_disk, check_file
 
 
@@ -68,7 +68,8 @@ def quantize(
         method: "awq" (None), "gptq", "rtn" or "nf4".
         effort: "fast" (None), or "balanced": AWQ's scales and grids with GPTQ's codes.
         scheme: of the linears in the blocks, a Scheme or its name; None is w4g128.
-        rules: (pattern, scheme) of linears that get another scheme; they reach `lm_head` too.
+        rules: (pattern, scheme) of linears that get another scheme; they reach `lm_head` and the
+            input embeddings too.
         skip: patterns of linears that stay float.
         only: patterns, one of which a linear must match to be quantized.
         format: "awq" (AutoAWQ's gemm layout), "compressed-tensors", or "bitsandbytes" for nf4; None
@@ -107,9 +108,9 @@ def quantize(
     rest = tuple((pattern, _scheme(each)) for pattern, each in rules)
     wanted = _scheme(default_scheme(method) if scheme is None else scheme)
     recipe = Recipe(wanted, rest, tuple(skip), tuple(only))
-    schemes: Mapping[str, Scheme] = recipe.resolve(list(linears(skeleton)), prefix, kept(skeleton))
+    schemes: Mapping[str, Scheme] = recipe.resolve(list(codable(skeleton)), prefix, kept(skeleton))
     if search is not None:
-        search.check_names(linears(skeleton), [f"{prefix}.{i}" for i in range(len(blocks))])
+        search.check_names(codable(skeleton), [f"{prefix}.{i}" for i in range(len(blocks))])
         # The search knows; what is said beside it can only agree.
         given = None if scheme is None and not (rules or skip or only) else schemes
         schemes = search.schemes_for(schemes, given)

@@ -30,7 +30,7 @@ from salience.methods import Method, Problem
 from salience.methods.awq import EXPONENTS, SCALE_ROWS, TILE_CANDIDATES
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
-from salience.structure import Fold, find_blocks, linears, weight_of
+from salience.structure import Fold, codable, find_blocks, linears, weight_of
 
 _FLOAT_BYTES = 2  # what is not quantized is written in fp16
 _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
@@ -220,7 +220,7 @@ def check_schemes(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) 
 
 def _shapes(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple[int, int]]:
     """(out, in) of each linear to quantize."""
-    found = linears(model)
+    found = codable(model)
     return {name: _shape(found[name]) for name in schemes}
 
 

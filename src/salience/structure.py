@@ -43,6 +43,7 @@ from salience.folds import (
 )
 from salience.groups import Run, calls_of, sink_groups
 from salience.modules import (
+    codable,
     find_blocks,
     kept,
     linears,
@@ -55,6 +56,7 @@ __all__ = [
     "Fold",
     "Run",
     "apply_fold",
+    "codable",
     "discover_folds",
     "find_blocks",
     "kept",

@@ -63,7 +63,7 @@ RulesOption = Annotated[
     typer.Option(
         "--rule",
         help='"REGEX=SCHEME": another scheme for the linears whose name it matches; repeatable. '
-        'Reaches the head too: "lm_head=w8g128".',
+        'Reaches head and embeddings too: "lm_head|embed_tokens=w8g128".',
     ),
 ]
 SkipOption = Annotated[
@@ -132,7 +132,7 @@ def plan(
     from salience.plan import make_plan
     from salience.recipe import Recipe
     from salience.source import open_source
-    from salience.structure import find_blocks, kept, linears
+    from salience.structure import codable, find_blocks, kept
 
     name = method.value if method else "awq"
     chosen = get_method(name, effort.value if effort else "fast")
@@ -144,7 +144,7 @@ def plan(
         tuple(skip or ()),
         tuple(only or ()),
     )
-    schemes = recipe.resolve(list(linears(skeleton)), find_blocks(skeleton)[0], kept(skeleton))
+    schemes = recipe.resolve(list(codable(skeleton)), find_blocks(skeleton)[0], kept(skeleton))
     for each in schemes.values():
         check_method(chosen, each)
     result = make_plan(

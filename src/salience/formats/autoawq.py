@@ -89,7 +89,9 @@ class AutoAwq:
         zeros = deinterleave_awq(unpack(qzeros, _BITS)).T.contiguous()
         return QTensor(codes, scales.T.contiguous(), zeros, scheme)
 
-    def config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+    ) -> dict[str, Any]:
         # Readers keep the head float by themselves and differ in how they match other names; full
         # paths mean the same to all of them.
         skipped = [name for name in kept if name != "lm_head"]

@@ -66,11 +66,14 @@ class Format(Protocol):
         """
         ...
 
-    def config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint.
 
         Args:
             schemes: of each quantized linear, by its full name.
             kept: full names of the linears that stay float.
+            outside: those of `schemes` that are in no block: the head, the embeddings.
         """
         ...

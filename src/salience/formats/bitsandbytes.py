@@ -120,7 +120,9 @@ class BitsAndBytes:
         zeros = torch.zeros_like(scales, dtype=torch.uint8)
         return QTensor(codes, scales, zeros, scheme, nested=nested)
 
-    def config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+    ) -> dict[str, Any]:
         return {
             "_load_in_4bit": True,
             "_load_in_8bit": False,

@@ -122,14 +122,15 @@ class CompressedTensors:
             zeros = _unpack("weight_zero_point", stored.T, scheme.bits, size, dense).T.contiguous()
         return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme))
 
-    def config(self, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+    ) -> dict[str, Any]:
         of_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
             of_scheme.setdefault(scheme, []).append(name)
         if len(of_scheme) == 1:
-            # vLLM's head is no "Linear", so it is named too.
-            heads = [name for name in schemes if name == "lm_head"]
-            of_scheme = {scheme: ["Linear", *heads] for scheme in of_scheme}
+            # Embeddings, and vLLM's head, are no "Linear", so they are named too.
+            of_scheme = {scheme: ["Linear", *outside] for scheme in of_scheme}
         # With several, no group targets "Linear": vLLM fuses q, k, v into one module, looks for its
         # class before the names of its parts, and would read them all by that group.
         largest_first = sorted(of_scheme.items(), key=lambda item: -len(item[1]))
