@@ -8,7 +8,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python benchmarks/main_job.py
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff format --check .

@@ -245,7 +245,7 @@ def test_config_of_one_scheme() -> None:
             }
         },
     }
-    head = FORMAT.config({"a": Scheme(4, 64), "lm_head": Scheme(4, 64)}, [])
+    head = FORMAT.config({"a": Scheme(4, 64), "lm_head": Scheme(4, 64)}, [], ["lm_head"])
     assert head["config_groups"]["group_0"]["targets"] == ["Linear", "lm_head"]
 
 

@@ -20,7 +20,8 @@ from salience.evaluation.perplexity import perplexity
 from salience.formats import AutoAwq
 from tiny_models import error
 
-pytestmark = [pytest.mark.model, pytest.mark.slow]
+# One worker quantizes the model, for all of these.
+pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.xdist_group("model")]
 
 SCHEME = "w4g64"
 LINEARS = 30 * 7
