@@ -139,7 +139,7 @@ class _Engine:
                 return
             samples, seqlen = self._tokens.shape
             batch = micro_batch(samples, seqlen, job.device)
-            shape = (samples, seqlen, parts[0].shape[-1])
+            shape = (samples, seqlen, *parts[0].shape[2:])
             hidden = HiddenStates(self._journal, shape, batch, job.device, self._on_disk)
             # Blocks that leave something for later ones must all run again.
             saved = None if arguments.stateful else self._journal.latest_hidden(first)

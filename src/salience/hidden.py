@@ -7,6 +7,7 @@ system's to give and take). Where they fit they stay on the device, and a copy i
 now and then: what a kill costs is the forward passes since.
 """
 
+import math
 import time
 
 import numpy
@@ -20,11 +21,13 @@ SAVE_SECONDS = 60.0
 
 
 class HiddenStates:
-    """fp32 [samples, seqlen, hidden], in micro-batches; they enter block `index`.
+    """fp32 [samples, seqlen, ..., hidden], in micro-batches; they enter block `index`.
+
+    A few models have several streams of them, hence the dots.
 
     Args:
         journal: where they are kept on the disk.
-        shape: [samples, seqlen, hidden].
+        shape: of all.
         batch: sequences in a micro-batch; it divides the samples.
         device: where micro-batches are wanted.
         on_disk: do not hold them in memory.
@@ -33,7 +36,7 @@ class HiddenStates:
     def __init__(
         self,
         journal: Journal,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         batch: int,
         device: torch.device,
         on_disk: bool,
@@ -60,7 +63,7 @@ class HiddenStates:
         self._keep(0, part, hidden)
 
     def get(self, part: int) -> Tensor:
-        """Micro-batch `part`, [batch, seqlen, hidden] on the device."""
+        """Micro-batch `part`, [batch, seqlen, ..., hidden] on the device."""
         if self._tensor is not None:
             return self._tensor[part * self._batch : (part + 1) * self._batch]
         return self._read(part).to(self._device)
@@ -77,12 +80,12 @@ class HiddenStates:
             self._saved_at = time.monotonic()
 
     def _read(self, part: int) -> Tensor:
-        _, seqlen, width = self._shape
-        count = self._batch * seqlen * width
+        shape = (self._batch, *self._shape[1:])
+        count = math.prod(shape)
         file = self._journal.hidden_file(self.index)
         with disk_errors(file):
             values = numpy.fromfile(file, numpy.float32, count, offset=4 * part * count)
-        return torch.from_numpy(values).view(self._batch, seqlen, width)
+        return torch.from_numpy(values).view(shape)
 
     def _keep(self, index: int, part: int, hidden: Tensor) -> None:
         if self._tensor is not None:
