@@ -262,7 +262,7 @@ def device_memory(
     outside = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(f"{prefix}."))
     embedding = model.get_input_embeddings().weight
     groups = _groups(largest)
-    solved = max((_solve_floats(rows, columns, device, method) for rows, columns in groups))
+    solved = max((_solve_floats(*group, device, method) for group in groups), default=0)
     if calibration is None:
         return {"search": 4 * (weights + solved), "write": 4 * embedding.numel()}
     batch = micro_batch(calibration.samples, calibration.seqlen, device) * calibration.seqlen
