@@ -165,6 +165,7 @@ class _Engine:
                 with job.phase("read"):
                     block = stack.enter_context(job.loaded(index))
                 loaded.append(self._gather(block, index))
+                release_memory()
             with job.phase("search"):
                 solved = solve(loaded, job.method, job.schemes.get, job.method.trusted)
             with job.phase("write"):
