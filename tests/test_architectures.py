@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 import salience
-from salience.calibration import Calibration, record_inputs, run_block
+from salience.calibration import Calibration, run_block
 from salience.errors import SalienceError
 from salience.formats import AutoAwq
 from salience.structure import (
@@ -30,7 +30,7 @@ from salience.structure import (
     sink_groups,
 )
 from tiny_architectures import COMMON, OTHERS, REFUSED, architecture
-from tiny_models import error, logits, make_model, random_tokens, save
+from tiny_models import error, first_inputs, logits, make_model, save
 
 TABLE = Path(__file__).parent.parent / "docs" / "architectures.md"
 BEGIN = "<!-- from here on written by: python tests/test_architectures.py -->\n"
@@ -47,18 +47,10 @@ def float_model(name: str) -> Any:
 def folds_of(model: Any) -> Found:
     """Groups, folds, and why there is none, of each block."""
     _, blocks = find_blocks(model)
-    hidden: list[torch.Tensor] = []
-    arguments = record_inputs(
-        model,
-        blocks,
-        random_tokens(2, 16),
-        2,
-        torch.device("cpu"),
-        lambda _, part: hidden.append(part),
-    )
+    hidden, arguments = first_inputs(model, blocks)
     found = {}
     for index, block in enumerate(blocks):
-        run = partial(run_block, block, hidden[0], arguments.of(index, 0))
+        run = partial(run_block, block, hidden, arguments.of(index, 0))
         groups = sink_groups(block, run)
         found[index] = (groups, *search_folds(block, run, groups))
     return found

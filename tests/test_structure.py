@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from salience.calibration import record_inputs, run_block
+from salience.calibration import run_block
 from salience.errors import SalienceError
 from salience.loading import load
 from salience.structure import (
@@ -28,7 +28,7 @@ from salience.structure import (
     unchanged,
     weight_of,
 )
-from tiny_models import random_tokens
+from tiny_models import first_inputs
 
 WIDTH, INNER, HEAD = 32, 48, 8
 HEADS = WIDTH // HEAD
@@ -142,19 +142,11 @@ def test_find_blocks(llama: Path) -> None:
 def test_folds_of_llama(llama: Path) -> None:
     model = load(llama)
     blocks = model.model.layers
-    hidden: list[Tensor] = []
-    arguments = record_inputs(
-        model,
-        blocks,
-        random_tokens(2, 16),
-        2,
-        torch.device("cpu"),
-        lambda _, part: hidden.append(part),
-    )
+    hidden, arguments = first_inputs(model, blocks)
     block = blocks[0]
 
     def run() -> Tensor:
-        return run_block(block, hidden[0], arguments.of(0, 0))
+        return run_block(block, hidden, arguments.of(0, 0))
 
     with torch.no_grad():
         groups = sink_groups(block, run)

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
+from salience.calibration import BlockArguments, record_inputs
+
 VOCABULARY = 320
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -83,6 +85,16 @@ def random_tokens(samples: int = 2, seqlen: int = 24, seed: int = 0) -> Tensor:
     """Token ids of the tiny vocabulary."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(len(SPECIAL), VOCABULARY, (samples, seqlen), generator=generator)
+
+
+@torch.no_grad()
+def first_inputs(model: Any, blocks: nn.ModuleList) -> tuple[Tensor, BlockArguments]:
+    """What enters the first block on a few random tokens, and the arguments of each block."""
+    hidden: list[Tensor] = []
+    cpu = torch.device("cpu")
+    tokens = random_tokens(2, 16)
+    arguments = record_inputs(model, blocks, tokens, 2, cpu, lambda _, part: hidden.append(part))
+    return hidden[0], arguments
 
 
 @torch.no_grad()

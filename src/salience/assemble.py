@@ -9,6 +9,7 @@ from salience.conversion import stored_owner, stored_tensors
 from salience.engine import to_half
 from salience.job import Job
 from salience.journal import Journal
+from salience.modules import embeddings
 from salience.report import REPORT_NAME, BlockReport, LinearReport, Report
 from salience.writer import ShardWriter, disk_errors
 
@@ -55,9 +56,8 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
         for stored, part in stored_tensors(job.skeleton, job.weights, name, tensor).items():
             writer.add(stored, part)
     for name in job.parted_heads():
-        embeddings = job.skeleton.get_input_embeddings()
-        stored = next(n for n, m in job.skeleton.named_modules() if m is embeddings)
-        writer.add(f"{name}.weight", to_half(job.float_tensor(f"{stored}.weight"), name))
+        tied = next(iter(embeddings(job.skeleton)))
+        writer.add(f"{name}.weight", to_half(job.float_tensor(f"{tied}.weight"), name))
     writer.write_json("config.json", _config(job))
     writer.write_json(REPORT_NAME, asdict(report))
     with disk_errors(journal.final):

@@ -136,10 +136,11 @@ def _solve_kind(
             for choices, choice in zip(found, scales, strict=True):
                 choices += [choice] if choice is not None else []
     kept = [_fold(block, choices, trust) for block, choices in zip(blocks, found, strict=True)]
+    scales_of = _by_name(blocks, kept)
     coded: dict[str, Coded] = {}
     for group in groups:
         for problem in _problems(blocks, group, schemes, kept):
-            coded |= _code(problem, method, plain, _by_name(blocks, kept), trust)
+            coded |= _code(problem, method, plain, scales_of, trust)
     return [
         SolvedBlock(
             {

@@ -397,13 +397,13 @@ def run_tail(
     head = model.get_output_embeddings()  # type: ignore[operator]
     seen: list[tuple[str, Tensor]] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], name: str) -> None:
+    def note(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         seen.append((name, _plain(args[0])))
         if module is head:
             raise _StopForwardError
 
     handles = [
-        module.register_forward_pre_hook(partial(_named, note, name))
+        module.register_forward_pre_hook(partial(note, name))
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and id(module) not in inside
     ]
@@ -424,15 +424,6 @@ def run_tail(
             vars(block).pop("forward", None)
     for name, x in seen:
         update(name, x)
-
-
-def _named(
-    note: Callable[[nn.Module, tuple[Any, ...], str], None],
-    name: str,
-    module: nn.Module,
-    args: tuple[Any, ...],
-) -> None:
-    note(module, args, name)
 
 
 def _return(output: Any, *_args: object, **_kwargs: object) -> Any:
