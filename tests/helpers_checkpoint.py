@@ -1,14 +1,39 @@
-"""Quantized folders as tests look at them: tensors, not modules."""
+"""Checkpoint folders as tests look at them: tensors, not modules."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from salience.errors import SalienceError
 from salience.formats import detect_format
 from salience.qtensor import QTensor
+
+# One tensor of each dtype and of odd shapes.
+TENSORS = {
+    "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
+    "b.weight": torch.arange(6, dtype=torch.float32).to(torch.bfloat16).view(2, 3),
+    "c.qweight": torch.arange(4, dtype=torch.int32),
+    "d": torch.tensor(1.5, dtype=torch.float64),
+    "e": torch.zeros(0, 7, dtype=torch.float16),
+    "f": torch.tensor([True, False]),
+}
+
+
+def refuse(make: Callable[[], object], *parts: object, kind: type = SalienceError) -> str:
+    """The one-line message of the error that `make` raises."""
+    with pytest.raises(kind) as error:
+        make()
+    message = str(error.value)
+    assert len(message.splitlines()) == 1
+    for part in parts:
+        assert str(part) in message
+    return message
 
 
 def config_of(folder: Path) -> dict[str, Any]:

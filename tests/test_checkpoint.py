@@ -2,7 +2,6 @@
 
 import json
 import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from gguf import GGMLQuantizationType as Q
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helpers_checkpoint import TENSORS, refuse
 from salience.checkpoint import (
     INDEX_NAME,
     GgufCheckpoint,
@@ -21,16 +21,6 @@ from salience.checkpoint import (
     SafetensorsCheckpoint,
     read_json,
 )
-from salience.errors import SalienceError
-
-TENSORS = {
-    "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
-    "b.weight": torch.arange(6, dtype=torch.float32).to(torch.bfloat16).view(2, 3),
-    "c.qweight": torch.arange(4, dtype=torch.int32),
-    "d": torch.tensor(1.5, dtype=torch.float64),
-    "e": torch.zeros(0, 7, dtype=torch.float16),
-    "f": torch.tensor([True, False]),
-}
 
 
 def write_sharded(folder: Path, *shards: dict[str, Tensor]) -> None:
@@ -54,17 +44,6 @@ def raw(header: object, data: bytes = b"", size: int | None = None) -> bytes:
 
 def entry(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-
-
-def refuse(make: Callable[[], object], *parts: object) -> str:
-    """The one-line message of the SalienceError that `make` raises."""
-    with pytest.raises(SalienceError) as error:
-        make()
-    message = str(error.value)
-    assert len(message.splitlines()) == 1
-    for part in parts:
-        assert str(part) in message
-    return message
 
 
 # Reading safetensors.

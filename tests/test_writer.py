@@ -6,7 +6,6 @@ import stat
 import struct
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from helpers_checkpoint import TENSORS, refuse
 from salience.checkpoint import INDEX_NAME, SafetensorsCheckpoint, read_json
 from salience.errors import SalienceError, StorageError
 from salience.writer import (
@@ -26,26 +26,6 @@ from salience.writer import (
     write_json,
     write_tensors,
 )
-
-TENSORS = {
-    "a.weight": torch.arange(12, dtype=torch.float32).view(3, 4),
-    "b.weight": torch.arange(6, dtype=torch.float32).to(torch.bfloat16).view(2, 3),
-    "c.qweight": torch.arange(4, dtype=torch.int32),
-    "d": torch.tensor(1.5, dtype=torch.float64),
-    "e": torch.zeros(0, 7, dtype=torch.float16),
-    "f": torch.tensor([True, False]),
-}
-
-
-def refuse(make: Callable[[], object], *parts: object, kind: type = SalienceError) -> str:
-    """The one-line message of the error that `make` raises."""
-    with pytest.raises(kind) as error:
-        make()
-    message = str(error.value)
-    assert len(message.splitlines()) == 1
-    for part in parts:
-        assert str(part) in message
-    return message
 
 
 def entries(folder: Path) -> list[str]:
