@@ -333,3 +333,30 @@ def test_groups_are_those_of_the_columns() -> None:
     # Each code is near what its own group's grid has there, moved by no more than a few steps.
     assert (away / grids.scales[0].float()[..., None]).flatten(1)[inside].max() < 8
     assert torch.equal(grid.quantize(one.weight[0], one.scheme).scales, qt.scales)
+
+
+@pytest.mark.parametrize("descent", [False, True])
+@pytest.mark.parametrize(("columns", "rows", "groups"), [(32, 40, 2), (24, 7, 3), (1, 16, 1)])
+def test_the_triton_walk_is_the_plain_one(
+    descent: bool, columns: int, rows: int, groups: int
+) -> None:
+    gptq_triton = pytest.importorskip("salience.methods.gptq_triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # without a GPU it is interpreted
+    random = torch.Generator().manual_seed(columns)
+    start = torch.randn(2, columns + 3, rows, generator=random)[:, :columns].to(device)
+    second = damped(moments(columns + 2, 1, batch=2), DAMPING)[:, :columns, :columns].to(device)
+    scales = (torch.rand(2, groups, rows, generator=random) * 0.2 + 0.1).half().to(device)
+    zeros = torch.randint(0, 8, (2, groups, rows), generator=random).float().to(device)
+    group = torch.randint(0, groups, (2, columns), generator=random).to(device)
+    if descent:
+        old = torch.randint(-4, 4, start.shape, generator=random).float().to(device)
+        arguments = (second, old, scales, zeros, group, 7)
+        want = module.move_columns(start.clone(), *arguments)
+        found = gptq_triton.move_columns(start, *arguments)
+    else:
+        near = second / second.diagonal(dim1=-2, dim2=-1)[..., None]
+        arguments = (near, scales, zeros, group, 7)
+        want = module.round_columns(start.clone(), *arguments)
+        found = gptq_triton.round_columns(start, *arguments)
+    assert torch.equal(found[0], want[0])
+    torch.testing.assert_close(found[1], want[1], rtol=1e-4, atol=1e-5)
