@@ -77,9 +77,9 @@ def main() -> None:
                 Console(stderr=True).print(
                     f"{method} {effort} {scheme}: {result.perplexity:.3f}, {took:.1f} s ({phases})"
                 )
-    result = {"rows": rows, "machine": machine(), "options": {"samples": args.samples}}
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+                made = {"rows": rows, "machine": machine(), "options": {"samples": args.samples}}
+                if args.out:
+                    args.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from salience.structure import Fold, codable, find_blocks, linears, weight_of
 
 _FLOAT_BYTES = 2  # what is not quantized is written in fp16
 _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
+_TRIAL_COLUMNS = 256  # of the search that is timed: so few that products with H cost little
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
 _READ_BYTES_PER_SECOND = 2e9
 
@@ -363,13 +364,13 @@ def _seconds(
     _, blocks = find_blocks(model)
     large = 1024 if device.type == "cpu" else 8192
     flops = matmul_flops(device, large)
+    with fast_matmul():
+        fast = matmul_flops(device, large)
     seconds = {"read": source_bytes / _READ_BYTES_PER_SECOND}
     if calibration is not None:
         tokens = calibration.samples * calibration.seqlen
         weights = sum(weight_of(m).numel() for m in linears(blocks).values())
         squares = sum(columns**2 for block in blocks for _, columns in _groups(block))
-        with fast_matmul():
-            fast = matmul_flops(device, large)
         seconds["statistics"] = 2 * tokens * (weights + squares) / fast
         if method.folds:  # each is proved by two runs of a micro-batch
             batch = micro_batch(calibration.samples, calibration.seqlen, device)
@@ -379,15 +380,17 @@ def _seconds(
     search = 0.0
     for block in blocks:
         for rows, columns in _groups(block):
-            search += columns * (each.start / held + each.row * rows)
-            # Products of all rows with H: two for plain rounding, two for the clip search, one for
-            # the result, and two for a scale, which is found on a part of the rows.
-            products = 5 * rows if method.reads_text else 0
+            # A GPU starts as many kernels for a narrow problem as for a wide one.
+            starts = columns if device.type == "cpu" else _TRIAL_COLUMNS
+            search += starts * each.start / held + columns * each.row * rows
+            # Products of all rows with H: two for plain rounding and one for the result; two for
+            # the clip search, two for a scale, which is found on a part of the rows.
+            exact, rough = (3 * rows, 2 * rows) if method.reads_text else (0, 0)
             if method.folds:
-                products += 2 * rows + len(EXPONENTS) * min(rows, 2 * SCALE_ROWS)
+                rough += 2 * rows + len(EXPONENTS) * min(rows, 2 * SCALE_ROWS)
             if method.reads_moments_to_code:
-                products += 3 * rows + 2 * columns
-            search += 2 * products * columns**2 / flops
+                exact += 3 * rows + 2 * columns
+            search += 2 * columns**2 * (exact / flops + rough / fast)
     seconds["search"] = search
     return seconds
 
@@ -402,7 +405,7 @@ class _Cost:
 
 def _search_cost(scheme: Scheme, method: Method, device: torch.device) -> _Cost:
     """What a search costs here, by doing two small ones."""
-    columns = 256  # so few that products with H cost little
+    columns = _TRIAL_COLUMNS
     counts = (64, 512) if device.type == "cpu" else (64, 8192)
     took = []
     for rows in (counts[0], *counts):  # the first also pays for starting up

@@ -8,6 +8,7 @@ torch.compile, meta tensors and CUDA graphs see one opaque call. Adding a kernel
 a class like `_reference.Reference` and its name in `BACKENDS`, fastest first.
 """
 
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -41,7 +42,16 @@ class Backend(Protocol):
         ...
 
 
-BACKENDS: tuple[Backend, ...] = (CpuInt4(), Reference(), Codebook())
+def _gpu() -> tuple[Backend, ...]:
+    """What runs on GPUs, where there is one and Triton, which comes with torch for Linux."""
+    if find_spec("triton") is None or not torch.cuda.is_available():
+        return ()
+    from salience.kernels.int4_triton import TritonInt4
+
+    return (TritonInt4(),)
+
+
+BACKENDS: tuple[Backend, ...] = (*_gpu(), CpuInt4(), Reference(), Codebook())
 
 
 def backend(name: str) -> Backend:
