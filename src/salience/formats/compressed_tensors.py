@@ -13,8 +13,12 @@ unsigned codes and zeros of a QTensor as they are. Packing is the dense stream o
 for every width, since compressed-tensors 0.18. Before, a word held 32 // b whole codes, so that ten
 3-bit codes took a word; the number of words tells which it is.
 
-Each linear may have a scheme of its own: `config_groups` names the modules of each. Groups in
-activation order are read and not written: compressed-tensors 0.19 dropped them.
+Each linear may have a scheme of its own: `config_groups` names the modules of each.
+
+Groups in activation order ("actorder": "group") have their place in the tensors, and vLLM reads
+them; the library itself dropped them with 0.19, whose loaders refuse the config, and Transformers
+with it. The version written, 0.18.0, is the last that reads them and the first whose packing this
+is.
 """
 
 import re
@@ -31,7 +35,7 @@ from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
 _FORMAT = "pack-quantized"
-_VERSION = "0.18.0"  # the first whose packing this is
+_VERSION = "0.18.0"
 _CLASSES = ("Linear", "Module")  # of a linear, by which a target may name it
 _MIN_BITS = 2
 
@@ -46,6 +50,7 @@ class CompressedTensors:
     )
     marker: str = "weight_packed"
     heads: bool = True
+    act_order: bool = True
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "compressed-tensors"
@@ -82,16 +87,6 @@ class CompressedTensors:
                 )
 
     def write(self, qt: QTensor) -> dict[str, Tensor]:
-        """The stored tensors.
-
-        Raises:
-            SalienceError: groups in activation order.
-        """
-        if qt.g_idx is not None:
-            raise SalienceError(
-                "--format compressed-tensors holds no groups in activation order: version "
-                "0.19 of that library dropped them; use groups in column order"
-            )
         tensors = {
             "weight_packed": pack(qt.q, qt.scheme.bits),
             "weight_scale": qt.scales.to(torch.float16).contiguous(),
@@ -99,6 +94,8 @@ class CompressedTensors:
         }
         if not qt.scheme.sym:
             tensors["weight_zero_point"] = pack(qt.zeros.T, qt.scheme.bits).T.contiguous()
+        if qt.g_idx is not None and qt.scheme.group_size != -1:
+            tensors["weight_g_idx"] = qt.g_idx.to(torch.int32)
         return tensors
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -123,7 +120,11 @@ class CompressedTensors:
         return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme))
 
     def config(
-        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+        self,
+        schemes: Mapping[str, Scheme],
+        kept: Sequence[str],
+        outside: Sequence[str] = (),
+        act_order: bool = False,
     ) -> dict[str, Any]:
         of_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():
@@ -143,7 +144,7 @@ class CompressedTensors:
             "config_groups": {
                 f"group_{i}": {
                     "targets": targets,
-                    "weights": _weights(scheme),
+                    "weights": _weights(scheme, act_order),
                     "input_activations": None,
                     "output_activations": None,
                 }
@@ -152,9 +153,9 @@ class CompressedTensors:
         }
 
 
-def _weights(scheme: Scheme) -> dict[str, Any]:
+def _weights(scheme: Scheme, act_order: bool) -> dict[str, Any]:
     """Only the keys that every version knows: older ones refuse those they do not."""
-    return {
+    weights = {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.sym,
@@ -162,6 +163,8 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         "group_size": None if scheme.group_size == -1 else scheme.group_size,
         "dynamic": False,
     }
+    # Of whole rows there is nothing to order, and a config that says so is refused.
+    return weights | {"actorder": "group"} if act_order and scheme.group_size != -1 else weights
 
 
 def _scheme(weights: object) -> Scheme:
@@ -234,4 +237,11 @@ def _g_idx(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
     if g_idx is None or (g_idx == -1).any():
         return None
     in_order = torch.arange(len(g_idx), device=g_idx.device) // scheme.group_columns(len(g_idx))
-    return None if torch.equal(g_idx.long(), in_order) else g_idx.int()
+    if torch.equal(g_idx.long(), in_order):
+        return None
+    if g_idx.numel() and (g_idx.min() < 0 or g_idx.max() > in_order[-1]):
+        raise SalienceError(
+            f"weight_g_idx has groups {int(g_idx.min())} to {int(g_idx.max())}, the weight has "
+            f"0 to {int(in_order[-1])}"
+        )
+    return g_idx.int()
