@@ -1,5 +1,7 @@
-"""Write bitsandbytes_nf4.safetensors, bitsandbytes_fp4.safetensors (other blocks than 64 among them)
-and bitsandbytes_int8.safetensors: what bitsandbytes makes of random weights, and reads back.
+"""Write what bitsandbytes makes of random weights, and reads back.
+
+bitsandbytes_nf4.safetensors, bitsandbytes_fp4.safetensors (with blocks of other sizes than 64) and
+bitsandbytes_int8.safetensors are made.
 
 Run by an environment of its own (benchmarks/interop_transformers.py says how to make it):
 
@@ -104,9 +106,7 @@ def write(name: str, cases: dict[str, dict[str, Tensor]]) -> None:
 
 def main() -> None:
     rng = torch.Generator().manual_seed(0)
-    write(
-        "bitsandbytes_nf4.safetensors", {name: make_case(*c, rng) for name, c in CASES.items()}
-    )
+    write("bitsandbytes_nf4.safetensors", {name: make_case(*c, rng) for name, c in CASES.items()})
     more = {}
     for name, (kind, block, *case) in MORE_CASES.items():
         more[name] = make_case(*case, rng, kind, block)

@@ -10,7 +10,8 @@ Of a linear with N outputs and K inputs, in blocks of B (64, if not said otherwi
     weight.quant_state.bitsandbytes__nf4           shape and so on: the bytes of a JSON object
 
 FP4's state ends in __fp4. Its codes are the bits of a float, sign first, so that its table is not
-ascending as ours (`salience.codebook`): codes are renamed on their way in and out.
+ascending as ours (`salience.codebook`): codes are renamed on their way in and out. Of the two zeros
+its portable kernels take code 0 for values up to 0 and code 8 above; so does the order here.
 
 bitsandbytes cuts blocks from the flattened weight; where B does not divide K they would cross rows,
 and such weights are refused. B is in the state of each weight and nowhere else.
@@ -36,7 +37,7 @@ _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Place in our table of each stored code.
 _PLACES = {
     "nf4": tuple(range(16)),
-    "fp4": (8, 9, 14, 15, 12, 13, 10, 11, 7, 6, 1, 0, 3, 2, 5, 4),
+    "fp4": (7, 9, 14, 15, 12, 13, 10, 11, 8, 6, 1, 0, 3, 2, 5, 4),
 }
 _STATES = {kind: f"weight.quant_state.bitsandbytes__{kind}" for kind in _PLACES}
 _PLAIN = frozenset({"weight", "weight.absmax", "weight.quant_map"})

@@ -117,7 +117,7 @@ class CompressedTensors:
         else:
             stored, size = tensors["weight_zero_point"], (scales.shape[1], rows)
             zeros = _unpack("weight_zero_point", stored.T, scheme.bits, size, dense).T.contiguous()
-        return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme))
+        return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme, columns))
 
     def config(
         self,
@@ -231,17 +231,22 @@ def _unpack(name: str, packed: Tensor, bits: int, shape: tuple[int, int], dense:
     return ((packed[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :n]
 
 
-def _g_idx(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
-    """The groups of the columns; None when they are in order, or -1: never assigned."""
+def _g_idx(tensors: Mapping[str, Tensor], scheme: Scheme, columns: int) -> Tensor | None:
+    """The groups of the columns; None when they are in order, or all -1: never assigned."""
     g_idx = tensors.get("weight_g_idx")
-    if g_idx is None or (g_idx == -1).any():
+    if g_idx is None:
         return None
-    in_order = torch.arange(len(g_idx), device=g_idx.device) // scheme.group_columns(len(g_idx))
-    if torch.equal(g_idx.long(), in_order):
+    if g_idx.dtype not in (torch.int32, torch.int64) or tuple(g_idx.shape) != (columns,):
+        raise SalienceError(
+            f"weight_g_idx must be int32 [{columns}], not {g_idx.dtype} {list(g_idx.shape)}"
+        )
+    in_order = torch.arange(columns, device=g_idx.device) // scheme.group_columns(columns)
+    if (g_idx == -1).all() or torch.equal(g_idx.long(), in_order):
         return None
-    if g_idx.numel() and (g_idx.min() < 0 or g_idx.max() > in_order[-1]):
+    last = scheme.groups(columns) - 1
+    if g_idx.min() < 0 or g_idx.max() > last:
         raise SalienceError(
             f"weight_g_idx has groups {int(g_idx.min())} to {int(g_idx.max())}, the weight has "
-            f"0 to {int(in_order[-1])}"
+            f"0 to {last}"
         )
     return g_idx.int()
