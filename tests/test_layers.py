@@ -21,6 +21,7 @@ LAYERS = {
     "salience.recipe": 2,
     "salience.grid": 10,
     "salience.packing": 10,
+    "salience.pt_checkpoint": 9,
     "salience.checkpoint": 10,
     "salience.writer": 11,
     "salience.journal": 12,
