@@ -29,7 +29,8 @@ SCHEMES = {
         *("w4g32", "w4g32-sym", "w4channel", "w3g32", "w3g64-sym", "w2g32", "w5g32", "w8g64-sym"),
         *("mixed", "mixed-sym"),
     ),
-    "bitsandbytes": ("nf4", "nf4-dq"),
+    "bitsandbytes": ("nf4", "nf4-dq", "nf4g32", "fp4", "fp4-dq"),
+    "bitsandbytes-int8": ("w8channel-sym",),
 }
 MIXED = {  # of each linear, the first that is found in its name
     "mixed": {"down_proj": "w8channel-sym", "o_proj": "w4g16", "": "w4g32"},
@@ -38,7 +39,7 @@ MIXED = {  # of each linear, the first that is found in its name
 
 
 def make(folder: Path, out: Path, name: str, fmt: str) -> None:
-    method = "nf4" if name.startswith("nf4") else "rtn"
+    method = "nf4" if name[:3] in ("nf4", "fp4") else "rtn"
     scheme = "w4g32" if name in MIXED else name
     salience.quantize(str(folder), out, method=method, scheme=scheme, format=fmt)
     if name in MIXED:
@@ -69,19 +70,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("format", choices=SCHEMES)
     parser.add_argument("-o", "--out", required=True, type=Path)
+    parser.add_argument("--keep-float", action="store_true", help="leave OUT/float there")
     args = parser.parse_args()
     source = args.out / "float"
     save(make_model(llama_config(num_hidden_layers=2)), source)
     tokens = random_tokens()
     for name in SCHEMES[args.format]:
         make(source, args.out / name, name, args.format)
-        model = salience.load(
-            args.out / name, "cpu", kernel="auto" if "nf4" in name else "reference"
-        )
+        kernel = "codebook" if args.format == "bitsandbytes" else "reference"
+        model = salience.load(args.out / name, "cpu", kernel=kernel)
         with torch.no_grad():
             expected = {"input_ids": tokens, "logits": logits(model, tokens).contiguous()}
         save_file(expected, args.out / f"{name}.safetensors")
-    shutil.rmtree(source)
+    if not args.keep_float:
+        shutil.rmtree(source)
 
 
 if __name__ == "__main__":

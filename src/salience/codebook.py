@@ -23,7 +23,7 @@ _NF4 = (
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 _FP4_SIXTHS = (0.0, 0.03125, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_FP4 = (*(-n / 6 for n in reversed(_FP4_SIXTHS)), *(n / 6 for n in _FP4_SIXTHS))
+_FP4 = (*(0.0 - n / 6 for n in reversed(_FP4_SIXTHS)), *(n / 6 for n in _FP4_SIXTHS))
 _TABLES = {"nf4": _NF4, "fp4": _FP4}
 _DECADES = 7
 
