@@ -22,6 +22,9 @@ weight to fp16 (and takes one scheme only). Version 0.17 loads them, but no code
 
     ~/peer/bin/pip install --no-deps --target ~/peer-old compressed-tensors==0.17.1
     PYTHONPATH=~/peer-old ~/peer/bin/python benchmarks/interop_transformers.py OUT w4g32 mixed
+
+Groups in activation order ("actorder") are read by versions up to 0.18 and refused by newer ones;
+but 0.18 with `dequantize=True`, its only way to asymmetric ones, ignores the order.
 """
 
 import argparse
