@@ -11,7 +11,8 @@ Runs in an environment of its own, without salience:
 OUT has checkpoint folders NAME and files NAME.safetensors with `input_ids` and the `logits` that
 salience has for them. Each folder is loaded unchanged, in fp32 on the CPU. Prints one JSON line for
 each: `error` is |theirs - ours| / |ours|, `quantized` how many modules Transformers took as such.
-bitsandbytes would compute in fp16, or on some CPUs in bf16; here it is told to do so in fp32.
+bitsandbytes would compute in fp16, or on some CPUs in bf16; here it is told to do so in fp32. Of
+LLM.int8, which also rounds the inputs to 8 bits, the weights that bitsandbytes dequantizes are run.
 Exits 1 when an error is too large, when a tensor of the checkpoint had no place, or when nothing
 was quantized.
 
@@ -21,6 +22,9 @@ weight to fp16 (and takes one scheme only). Version 0.17 loads them, but no code
 
     ~/peer/bin/pip install --no-deps --target ~/peer-old compressed-tensors==0.17.1
     PYTHONPATH=~/peer-old ~/peer/bin/python benchmarks/interop_transformers.py OUT w4g32 mixed
+
+Groups in activation order ("actorder") are read by versions up to 0.18 and refused by newer ones;
+but 0.18 with `dequantize=True`, its only way to asymmetric ones, ignores the order.
 """
 
 import argparse
@@ -31,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import int8_vectorwise_dequant
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -49,18 +54,28 @@ def load(folder: Path) -> tuple[Any, dict[str, Any], bool]:
         return *AutoModelForCausalLM.from_pretrained(folder, **options), True
 
 
+def compute_in_fp32(model: torch.nn.Module) -> None:
+    """Have bitsandbytes' layers multiply fp32 inputs by the weights they hold."""
+    for name, module in list(model.named_modules()):
+        if type(module).__name__ == "Linear4bit":
+            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
+            module.support_avx512bf16_for_cpu = False
+        elif type(module).__name__ == "Linear8bitLt":
+            weight = int8_vectorwise_dequant(module.weight.data, module.weight.SCB)
+            plain = torch.nn.Linear(*reversed(weight.shape), module.bias is not None)
+            plain.weight.data, plain.bias = weight, module.bias
+            model.set_submodule(name, plain)
+
+
 def compare(folder: Path, expected: dict[str, torch.Tensor]) -> dict[str, object]:
     model, info, dequantized = load(folder)
     method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
     modules = list(model.modules())
     quantized = sum(
-        hasattr(module, "weight_packed") or type(module).__name__ == "Linear4bit"
+        hasattr(module, "weight_packed") or type(module).__name__ in ("Linear4bit", "Linear8bitLt")
         for module in modules
     )
-    for module in modules:
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = module.weight.quant_state.dtype = torch.float32
-            module.support_avx512bf16_for_cpu = False
+    compute_in_fp32(model)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()  # bitsandbytes has them loaded as stored

@@ -531,7 +531,9 @@ def test_efforts_and_methods(quantize: Run) -> None:
     assert "magic" in quantize("--method", "magic")
     line = quantize("--method", "nf4", "--scheme", "nf4", "--format", "awq")
     assert "--format awq holds 4-bit codes, not nf4" in line and "--format bitsandbytes" in line
-    assert "--format bitsandbytes holds nf4, not w4g32" in quantize("--format", "bitsandbytes")
+    assert "--format bitsandbytes holds nf4 and fp4, not w4g32" in quantize(
+        "--format", "bitsandbytes"
+    )
 
 
 def test_search_files(quantize: Run, model: Path, out: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""bitsandbytes' NF4 tensors and rounding, against what bitsandbytes itself made."""
+"""bitsandbytes' NF4 and FP4 tensors and rounding, against what bitsandbytes itself made."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,22 @@ from salience.errors import SalienceError
 from salience.formats import BitsAndBytes, detect_format, get_format
 from salience.scheme import Scheme
 
-GOLDEN = Path(__file__).parent / "golden" / "bitsandbytes_nf4.safetensors"
+FOLDER = Path(__file__).parent / "golden"
 FORMAT = BitsAndBytes()
+NF4_CASES, MORE_CASES = "bitsandbytes_nf4.safetensors", "bitsandbytes_fp4.safetensors"
 STATE = "weight.quant_state.bitsandbytes__nf4"
 NF4, NF4_DQ = Scheme.parse("nf4"), Scheme.parse("nf4-dq")
 
 
-def cases() -> dict[str, dict[str, Tensor]]:
+def cases(file: str) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load_file(GOLDEN).items():
+    for key, tensor in load_file(FOLDER / file).items():
         case, _, name = key.partition(".")
         found.setdefault(case, {})[name] = tensor
     return found
 
 
-CASES = cases()
+CASES = cases(NF4_CASES) | cases(MORE_CASES)
 
 
 def stored(name: str) -> dict[str, Tensor]:
@@ -38,7 +40,19 @@ def stored(name: str) -> dict[str, Tensor]:
 
 
 def scheme(name: str) -> Scheme:
+    """Of a case named by its scheme, or by a dtype when it is NF4."""
+    if name[:3] in ("nf4", "fp4"):
+        return Scheme.parse(name)
     return NF4_DQ if name.endswith("-dq") else NF4
+
+
+def config_scheme(name: str) -> Scheme:
+    """What the config says of it: no block size."""
+    return replace(scheme(name), group_size=64)
+
+
+def state_of(name: str) -> str:
+    return f"weight.quant_state.bitsandbytes__{scheme(name).codebook}"
 
 
 def fields(state: Tensor) -> dict[str, Any]:
@@ -48,40 +62,61 @@ def fields(state: Tensor) -> dict[str, Any]:
 @pytest.mark.parametrize("name", CASES)
 def test_rounds_and_writes_as_bitsandbytes(name: str) -> None:
     """From a weight of any dtype: the same codes, scales and nested codes."""
-    written, peer = FORMAT.write(grid.quantize(CASES[name]["float"], scheme(name))), stored(name)
+    case, peer, state = CASES[name], stored(name), state_of(name)
+    written = FORMAT.write(grid.quantize(case["float"], scheme(name)))
     assert set(written) == set(peer)
-    for key in set(peer) - {STATE}:
+    for key in set(peer) - {state}:
         assert written[key].dtype == peer[key].dtype
         assert torch.equal(written[key], peer[key]), key
     # We do not know the weight's former dtype; it says what bitsandbytes dequantizes to.
-    assert fields(written[STATE]) == fields(peer[STATE]) | {"dtype": "float16"}
-    if name.startswith("fp16"):
-        assert torch.equal(written[STATE], peer[STATE])
+    assert fields(written[state]) == fields(peer[state]) | {"dtype": "float16"}
+    if case["float"].dtype == torch.float16:
+        assert torch.equal(written[state], peer[state])
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_reads_bitsandbytes(name: str) -> None:
-    qt = FORMAT.read(stored(name), scheme(name))
+    qt = FORMAT.read(stored(name), config_scheme(name))
     want = CASES[name]["dequantized"]
+    assert qt.scheme == scheme(name)
     assert torch.equal(qt.dequantize(want.dtype), want)
     assert (qt.nested is not None) == name.endswith("-dq")
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_nothing_is_quantized_twice(name: str) -> None:
-    written, peer = FORMAT.write(FORMAT.read(stored(name), scheme(name))), stored(name)
-    for key in set(peer) - {STATE}:
+    written, peer = FORMAT.write(FORMAT.read(stored(name), config_scheme(name))), stored(name)
+    for key in set(peer) - {state_of(name)}:
         assert torch.equal(written[key], peer[key]), key
+
+
+def test_both_zeros_of_fp4_are_kept() -> None:
+    """Codes 0 and 8, which other encoders use by sign."""
+    tensors = stored("fp4")
+    data = torch.arange(256, dtype=torch.uint8).repeat(2)[: len(tensors["weight"])]
+    tensors["weight"] = data[:, None]
+    qt = FORMAT.read(tensors, Scheme.parse("fp4"))
+    assert torch.equal(FORMAT.write(qt)["weight"], tensors["weight"])
+    values = tensors["weight.quant_map"].double()
+    codes = torch.stack([data >> 4, data & 15], -1).view(6, 128).long()
+    scales = tensors["weight.absmax"].view(6, 2).repeat_interleave(64, 1).double()
+    assert torch.equal(qt.dequantize(torch.float32), (values[codes] * scales).float())
 
 
 @settings(deadline=None, max_examples=30)
 @given(
-    rows=st.integers(1, 9), groups=st.integers(1, 40), nested=st.booleans(), seed=st.integers(0, 99)
+    rows=st.integers(1, 9),
+    groups=st.integers(1, 40),
+    size=st.sampled_from([32, 64, 128]),
+    kind=st.sampled_from(["nf4", "fp4"]),
+    nested=st.booleans(),
+    seed=st.integers(0, 99),
 )
-def test_round_trip(rows: int, groups: int, nested: bool, seed: int) -> None:
-    weight = torch.randn(rows, 64 * groups, generator=torch.Generator().manual_seed(seed))
-    qt = grid.quantize(weight, NF4_DQ if nested else NF4)
-    back = FORMAT.read(FORMAT.write(qt), qt.scheme)
+def test_round_trip(rows: int, groups: int, size: int, kind: str, nested: bool, seed: int) -> None:
+    weight = torch.randn(rows, size * groups, generator=torch.Generator().manual_seed(seed))
+    qt = grid.quantize(weight, Scheme(4, size, codebook=kind, double_quant=nested))
+    back = FORMAT.read(FORMAT.write(qt), replace(qt.scheme, group_size=64))
+    assert back.scheme == qt.scheme
     assert torch.equal(back.q, qt.q)
     assert torch.equal(back.scales, qt.scales)
     assert torch.equal(back.dequantize(), qt.dequantize())
@@ -96,7 +131,7 @@ def test_any_storage_dtype(dtype: torch.dtype) -> None:
     assert torch.equal(FORMAT.read(tensors, NF4).q, want.q)
 
 
-@pytest.mark.parametrize("scheme", [NF4, NF4_DQ])
+@pytest.mark.parametrize("scheme", [NF4, NF4_DQ, Scheme.parse("fp4"), Scheme.parse("fp4-dq")])
 def test_config(scheme: Scheme) -> None:
     """What Transformers 5.23 writes, with the modules that stay float named."""
     config = FORMAT.config({"a": scheme}, ["lm_head"])
@@ -105,7 +140,7 @@ def test_config(scheme: Scheme) -> None:
         "_load_in_8bit": False,
         "bnb_4bit_compute_dtype": "float16",
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_quant_type": scheme.codebook,
         "bnb_4bit_use_double_quant": scheme.double_quant,
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
@@ -122,22 +157,24 @@ def test_config(scheme: Scheme) -> None:
 
 def test_scheme_refuses() -> None:
     config = FORMAT.config({"a": NF4}, [])
-    with pytest.raises(SalienceError, match=r"is not 4 bits; of bitsandbytes only nf4 is read"):
-        FORMAT.scheme(config | {"load_in_4bit": False, "load_in_8bit": True}, "a")
-    with pytest.raises(SalienceError, match="is 4-bit fp4"):
-        FORMAT.scheme(config | {"bnb_4bit_quant_type": "fp4"}, "a")
-    del config["bnb_4bit_quant_type"]
-    with pytest.raises(SalienceError, match="is 4-bit fp4"):
-        FORMAT.scheme(config, "a")
+    with pytest.raises(SalienceError, match="bnb_4bit_quant_type 'int4'; nf4 and fp4 are read"):
+        FORMAT.scheme(config | {"bnb_4bit_quant_type": "int4"}, "a")
+    del config["bnb_4bit_quant_type"]  # bitsandbytes' default
+    assert FORMAT.scheme(config, "a") == Scheme.parse("fp4")
 
 
 def test_check() -> None:
     shapes = {"a": (3, 64), "b": (5, 128)}
     FORMAT.check({"a": NF4, "b": NF4}, shapes)
-    with pytest.raises(SalienceError, match="holds nf4, not w4g64 as b wants"):
+    with pytest.raises(SalienceError, match="holds nf4 and fp4, not w4g64 as b wants"):
         FORMAT.check({"a": NF4, "b": Scheme(4, 64)}, shapes)
     with pytest.raises(SalienceError, match="one scheme for all linears, not nf4 and nf4-dq"):
         FORMAT.check({"a": NF4, "b": NF4_DQ}, shapes)
+    FORMAT.check({"a": NF4, "b": Scheme.parse("nf4g128")}, shapes)
+    with pytest.raises(SalienceError, match="has no blocks of 48, as a wants; use one of 32, 64"):
+        FORMAT.check({"a": Scheme.parse("nf4g48")}, shapes)
+    with pytest.raises(SalienceError, match="one scheme for all linears, not fp4 and nf4"):
+        FORMAT.check({"a": NF4, "b": Scheme.parse("fp4g128")}, shapes)
 
 
 def encoded(**changes: object) -> Tensor:
@@ -157,7 +194,11 @@ def encoded(**changes: object) -> Tensor:
         (STATE, torch.tensor([123], dtype=torch.uint8), "not readable as JSON"),
         (STATE, torch.tensor([255], dtype=torch.uint8), "not readable as JSON"),
         (STATE, torch.tensor([91, 93], dtype=torch.uint8), "is not of quant_type nf4"),
-        (STATE, encoded(blocksize=128), "is not of blocksize 64"),
+        (STATE, encoded(blocksize=128), "group size 128 does not divide in_features 192"),
+        (STATE, encoded(blocksize=32), "weight.absmax of a 87 x 192 weight holds 261 values"),
+        (STATE, encoded(blocksize=48), "is of blocksize 48, which there is not"),
+        (STATE, encoded(blocksize=None), "is of blocksize None, which there is not"),
+        (STATE, encoded(quant_type="fp4"), "is not of quant_type nf4"),
         (STATE, encoded(nested_blocksize=128), "is not of nested_blocksize 256"),
         (STATE, encoded(shape=[87]), "no shape of two numbers"),
         (STATE, encoded(shape=None), "no shape of two numbers"),

@@ -100,11 +100,40 @@ def test_groups_in_order_need_no_index() -> None:
         assert FORMAT.read(tensors, qt.scheme).g_idx is None
 
 
-def test_activation_order_is_not_written() -> None:
-    qt = random_weight(4, 2, 8, 4, False, 0)
-    moved = QTensor(qt.q, qt.scales, qt.zeros, qt.scheme, (torch.arange(16) % 2).int())
-    with pytest.raises(SalienceError, match="holds no groups in activation order"):
-        FORMAT.write(moved)
+def test_writes_activation_order_as_compressed_tensors_did() -> None:
+    """Version 0.17, which had it."""
+    case = OLD["g_idx"]
+    scheme = Scheme.parse(OLD_SCHEMES["g_idx"])
+    stored = {key: case[key] for key in case if key in FORMAT.tensors}
+    written = FORMAT.write(FORMAT.read(stored, scheme))
+    assert set(written) == set(stored)
+    for key, tensor in written.items():
+        assert tensor.dtype == stored[key].dtype and torch.equal(tensor, stored[key])
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    groups=st.integers(2, 4), size=st.integers(1, 9), sym=st.booleans(), seed=st.integers(0, 999)
+)
+def test_activation_order_round_trip(groups: int, size: int, sym: bool, seed: int) -> None:
+    qt = random_weight(4, groups, size, 4, sym, seed)
+    place = torch.randperm(groups * size, generator=torch.Generator().manual_seed(seed))
+    moved = QTensor(qt.q, qt.scales, qt.zeros, qt.scheme, (place // size).int())
+    back = FORMAT.read(FORMAT.write(moved), qt.scheme)
+    assert torch.equal(back.dequantize(), moved.dequantize())
+
+
+def test_config_of_activation_order() -> None:
+    """The config says so, where there are groups; whole rows have no order, nor index."""
+    schemes = {"a": Scheme(4, 64), "b": Scheme(8, -1, sym=True)}
+    groups = FORMAT.config(schemes, [], act_order=True)["config_groups"].values()
+    assert [g["weights"].get("actorder") for g in groups] == ["group", None]
+    assert FORMAT.scheme(FORMAT.config(schemes, [], act_order=True), "a") == schemes["a"]
+    groups = FORMAT.config(schemes, [])["config_groups"].values()
+    assert all("actorder" not in g["weights"] for g in groups)
+    row = random_weight(4, 1, 16, 4, False, 0)
+    row = QTensor(row.q, row.scales, row.zeros, Scheme(4, -1), torch.zeros(16).int())
+    assert "weight_g_idx" not in FORMAT.write(row)
 
 
 def group(**changes: Any) -> dict[str, Any]:
@@ -308,7 +337,10 @@ def test_only_asymmetric_weights_need_zeros() -> None:
         ("weight_scale", torch.zeros(4, 3), r"int32 \[3, 1\]"),
         ("weight_shape", torch.tensor([4]), "weight_shape must be two numbers"),
         ("weight_shape", torch.tensor([4, 32]), r"must be int32 \[4, 4\]"),
-        ("weight_g_idx", torch.arange(4), r"g_idx must be \[16\]"),
+        ("weight_g_idx", torch.arange(4) % 2, r"g_idx must be int32 \[16\]"),
+        ("weight_g_idx", torch.zeros(16), "weight_g_idx must be int32 .* not torch.float32"),
+        ("weight_g_idx", torch.arange(16), r"groups 0 to 15, the weight has 0 to 1"),
+        ("weight_g_idx", torch.arange(16) - 3, r"groups -3 to 12, the weight has 0 to 1"),
     ],
 )
 def test_read_refuses(name: str, value: Tensor, match: str) -> None:

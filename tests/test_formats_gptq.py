@@ -270,7 +270,7 @@ def test_detect(changes: dict[str, Any], version: int) -> None:
 
 
 def test_each_name_is_listed_once() -> None:
-    with pytest.raises(SalienceError, match=r"bitsandbytes or gptq$"):
+    with pytest.raises(SalienceError, match=r"bitsandbytes-int8 or gptq$"):
         get_format("magic")
     with pytest.raises(SalienceError, match=r"bitsandbytes, gptq$"):
         detect_format({"quant_method": "magic"})

@@ -262,9 +262,9 @@ def test_formats_that_are_not_read(quantized: Path, tmp_path: Path) -> None:
     shutil.copytree(quantized, tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     config: dict[str, Any] = json.loads(path.read_text())
-    config["quantization_config"]["version"] = "gemv"
+    config["quantization_config"]["version"] = "marlin"
     path.write_text(json.dumps(config))
-    with pytest.raises(SalienceError, match=r"'gemv'.* is not one this version reads"):
+    with pytest.raises(SalienceError, match=r"'marlin'.* is not one this version reads"):
         salience.load(tmp_path / "out")
 
 

@@ -288,7 +288,7 @@ def test_only_the_head(tied: Path, calibration: Calibration, tmp_path: Path) -> 
     assert error(loads_again(tmp_path / "out"), logits(salience.load(tied))) < 0.2
 
 
-@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq", None])
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq", "fp4", "nf4g32", None])
 def test_nf4(scheme: str | None, two: Path, calibration: Calibration, tmp_path: Path) -> None:
     out = tmp_path / "out"
     report = salience.quantize(str(two), out, method="nf4", scheme=scheme, calibration=calibration)
@@ -299,6 +299,9 @@ def test_nf4(scheme: str | None, two: Path, calibration: Calibration, tmp_path: 
     config = config_of(out)["quantization_config"]
     assert config["quant_method"] == "bitsandbytes"
     assert config["bnb_4bit_use_double_quant"] == (scheme == "nf4-dq")
+    assert config["bnb_4bit_quant_type"] == (scheme or "nf4")[:3]
+    if scheme == "nf4g32":  # which only the tensors say
+        assert {str(qt.scheme) for qt in qtensors(out).values()} == {scheme}
     assert len(qtensors(out)) == 2 * LINEARS
     assert error(loads_again(out), logits(salience.load(two))) < 0.6
 

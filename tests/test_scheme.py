@@ -27,6 +27,9 @@ schemes = st.builds(
         ("w1g1", Scheme(1, 1)),
         ("nf4", Scheme(4, 64, codebook="nf4")),
         ("nf4-dq", Scheme(4, 64, codebook="nf4", double_quant=True)),
+        ("fp4", Scheme(4, 64, codebook="fp4")),
+        ("nf4g128", Scheme(4, 128, codebook="nf4")),
+        ("fp4g4096-dq", Scheme(4, 4096, codebook="fp4", double_quant=True)),
     ],
 )
 def test_parse(text: str, scheme: Scheme) -> None:
@@ -44,7 +47,18 @@ def test_name_round_trip(scheme: Scheme) -> None:
     [
         *("", "4", "w4", "g128", "w9g128", "w0g128", "w4g0", "w4g012", "w4g-1", "W4G128"),
         *("w4g128 ", "w4g128\n", "w4g128-SYM", "w4g128-sym-sym", "w4channelg128", "w44g128"),
-        *("w4g1.5", "q4_0", "nf4-sym", "nf4-dq-dq", "w4g64-dq", "NF4", "-dq", "fp4"),
+        *(
+            "w4g1.5",
+            "q4_0",
+            "nf4-sym",
+            "nf4-dq-dq",
+            "w4g64-dq",
+            "NF4",
+            "-dq",
+            "fp3",
+            "nf4g0",
+            "nf4channel",
+        ),
     ],
 )
 def test_parse_refuses(text: str) -> None:
@@ -99,10 +113,10 @@ def test_bits_per_weight() -> None:
 @pytest.mark.parametrize(
     ("values", "match"),
     [
-        ({"codebook": "fp4"}, "codebook is 'fp4'; use nf4"),
-        ({"codebook": "nf4", "bits": 3}, "nf4 has 4 bits in groups of 64"),
-        ({"codebook": "nf4", "group_size": 32}, "nf4 has 4 bits in groups of 64"),
-        ({"codebook": "nf4", "sym": True}, "nf4 has 4 bits in groups of 64"),
+        ({"codebook": "fp8"}, "codebook is 'fp8'; use nf4 or fp4"),
+        ({"codebook": "nf4", "bits": 3}, "nf4 has 4 bits, a group size, and no symm"),
+        ({"codebook": "nf4", "group_size": -1}, "nf4 has 4 bits, a group size, and no symm"),
+        ({"codebook": "nf4", "sym": True}, "nf4 has 4 bits, a group size, and no symm"),
         ({"double_quant": True}, "use scheme nf4-dq"),
     ],
 )

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.pt_checkpoint import PtCheckpoint, pt_files
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -210,6 +211,19 @@ class RenamedCheckpoint:
         if name not in self._stored:
             raise SalienceError(f"tensor {name} is missing from {self.path}")
         return self._stored[name]
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """The tensors of a model: of a `.gguf` file, or of a folder by what is in it.
+
+    Raises:
+        SalienceError: none of its kinds, or a broken file.
+    """
+    if path.is_file():
+        return GgufCheckpoint(path)
+    if not any(path.glob("*.safetensors")) and not (path / INDEX_NAME).exists() and pt_files(path):
+        return PtCheckpoint(path)
+    return SafetensorsCheckpoint(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 A code of a codebook scheme is the place of a value in a fixed table, w = scale * table[code]. NF4's
 sixteen values are the quantiles of a normal distribution, scaled to -1 .. 1 with an exact 0: as
-many weights fall on each, if weights are normal. The scale is the largest magnitude of a block, the
-"absmax", so that there are no zeros to store; no range is searched and no text is looked at.
+many weights fall on each, if weights are normal. FP4 is the older choice: a sign, two bits of
+exponent and one of mantissa, so that 0 comes twice and the values around it, where most weights
+are, lie far apart. In both the scale is the largest magnitude of a block, the "absmax", so that
+there are no zeros to store; no range is searched and no text is looked at.
 
 Double quantization stores these scales, less their mean, in 8 bits: as places in a table of 256
 values whose steps grow tenfold from one decade to the next, in blocks of 256 with one scale each.
@@ -20,7 +22,9 @@ _NF4 = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
-_TABLES = {"nf4": _NF4}
+_FP4_SIXTHS = (0.0, 0.03125, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_FP4 = (*(0.0 - n / 6 for n in reversed(_FP4_SIXTHS)), *(n / 6 for n in _FP4_SIXTHS))
+_TABLES = {"nf4": _NF4, "fp4": _FP4}
 _DECADES = 7
 
 

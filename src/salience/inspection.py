@@ -49,7 +49,7 @@ def inspect(source: Source) -> Inspection:
     model = source.skeleton()
     stored = source.stored
     total = sum(stored.nbytes(name) for name in stored.names())
-    config = stored_config(source.config)
+    config = stored_config(source.config, source.stored)
     if config is None:
         return _dense(source, model, total)
     fmt = detect_format(config)

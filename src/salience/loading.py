@@ -16,7 +16,7 @@ from salience import kernels
 from salience.checkpoint import Checkpoint, read_json
 from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
-from salience.formats.base import Format
+from salience.formats.base import Reader
 from salience.linear import QuantEmbedding, QuantLinear
 from salience.modules import bias_of, codable, weight_of
 from salience.source import Source, open_source
@@ -58,7 +58,7 @@ def load_source(
         dtype = torch.float32 if place.type == "cpu" else _config_dtype(source)
     model = source.skeleton(dtype)
     weights = source.weights(model)
-    config = stored_config(source.config)
+    config = stored_config(source.config, source.stored)
     packed = _fill_quantized(model, weights, config, place, kernel) if config else set()
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -151,7 +151,7 @@ def _fill_quantized(
 
 
 def _read(
-    fmt: Format,
+    fmt: Reader,
     config: Mapping[str, Any],
     name: str,
     tensors: Mapping[str, Tensor],

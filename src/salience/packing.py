@@ -58,6 +58,19 @@ def deinterleave_awq(codes: Tensor) -> Tensor:
     return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_REVERSE)].flatten(-2)
 
 
+def unpack_awq_fast(packed: Tensor) -> Tensor:
+    """Codes uint8 [N, K] of llm-awq's second layout, int16 [N/4, K]; 64 divides K.
+
+    In 64 columns, four rows share 64 words: word c < 64 belongs to row c // 16, and its nibble t is
+    the code of column 32 ((c % 16) // 8) + c % 8 + 8t.
+    """
+    data = packed.clone(memory_format=torch.contiguous_format)
+    shifts = torch.arange(0, 16, 4, dtype=torch.int16, device=packed.device)
+    nibbles = ((data[..., None] >> shifts) & 15).to(torch.uint8)  # [N/4, K, t]
+    fields = nibbles.view(len(packed), -1, 4, 2, 8, 4)  # [N/4, 64s, row, half, c % 8, t]
+    return fields.permute(0, 2, 1, 3, 5, 4).reshape(4 * len(packed), -1)
+
+
 def _fold(fields: Tensor, bits: int) -> Tensor:
     """Join small fields [..., n], field i at bit i * bits, into one uint8 [...]."""
     out = fields[..., 0].clone()

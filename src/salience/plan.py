@@ -187,7 +187,7 @@ def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
     Raises:
         SalienceError: naming the tensor.
     """
-    if stored_config(source.config):
+    if stored_config(source.config, source.stored):
         raise SalienceError(f"{source.name} is quantized already; start from the float model")
     missing = {name for name, _ in model.named_parameters()} - weights.names()
     if missing:

@@ -9,7 +9,8 @@ Smaller groups follow the weights more closely and cost more: w4g128 takes 4.16 
 w4g64 4.31, w4g32 4.63.
 
 A codebook scheme has uneven steps and no zeros (`salience.codebook`). `nf4` stores one fp32 scale
-for 64 weights, 4.5 bits a weight; `nf4-dq` stores the scales in 8 bits too, 4.13.
+for 64 weights, 4.5 bits a weight; `nf4-dq` stores the scales in 8 bits too, 4.13. Other groups are
+written out, `nf4g128`. `fp4` is an older table.
 """
 
 import re
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 
 from salience.errors import SalienceError
 
-CODEBOOKS = ("nf4",)
+CODEBOOKS = ("nf4", "fp4")
 NESTED_BLOCK = 256  # scales that share a scale, with double quantization
 _PATTERN = re.compile(r"w([1-8])(?:g([1-9][0-9]*)|(channel))(-sym)?")
+_CODEBOOK_PATTERN = re.compile(rf"({'|'.join(CODEBOOKS)})(?:g([1-9][0-9]*))?(-dq)?")
 _USUAL_GROUPS = (256, 128, 64, 32, 16)
 _SCALE_BITS = 16
 _CODEBOOK_BITS = 4
@@ -36,7 +38,7 @@ class Scheme:
         bits: bits per code, 1 to 8.
         group_size: columns that share a scale and a zero; -1 for a whole row.
         sym: the zero is fixed at 2**(bits-1), so the grid is symmetric around 0.
-        codebook: name of a non-uniform grid, "nf4"; None for the uniform one.
+        codebook: name of a non-uniform grid, "nf4" or "fp4"; None for the uniform one.
         double_quant: the scales of a codebook scheme are quantized too.
 
     Raises:
@@ -59,29 +61,32 @@ class Scheme:
                 raise SalienceError("double_quant is for nf4; use scheme nf4-dq")
         elif self.codebook not in CODEBOOKS:
             raise SalienceError(f"codebook is {self.codebook!r}; use {' or '.join(CODEBOOKS)}")
-        elif (self.bits, self.group_size, self.sym) != (_CODEBOOK_BITS, _CODEBOOK_GROUP, False):
-            raise SalienceError(f"{self.codebook} has 4 bits in groups of {_CODEBOOK_GROUP}")
+        elif self.bits != _CODEBOOK_BITS or self.group_size < 1 or self.sym:
+            raise SalienceError(f"{self.codebook} has 4 bits, a group size, and no symmetric form")
 
     @classmethod
     def parse(cls, text: str) -> "Scheme":
         """Read `w4g128`, `w3g64`, `w4channel` (one group a row), each with `-sym` if symmetric;
-        `nf4`, and `nf4-dq` with double quantization.
+        `nf4` or `fp4`, `nf4g128` of other groups than 64, and `nf4-dq` with double quantization.
         """
-        name = text.removesuffix("-dq")
-        if name in CODEBOOKS:
-            return cls(_CODEBOOK_BITS, _CODEBOOK_GROUP, codebook=name, double_quant=name != text)
+        match = _CODEBOOK_PATTERN.fullmatch(text)
+        if match is not None:
+            name, group, nested = match.groups()
+            size = int(group) if group else _CODEBOOK_GROUP
+            return cls(_CODEBOOK_BITS, size, codebook=name, double_quant=nested is not None)
         match = _PATTERN.fullmatch(text)
         if match is None:
             raise SalienceError(
                 f"scheme {text!r} is not understood; write it like w4g128, w3g64-sym or w4channel, "
-                "or nf4 or nf4-dq"
+                "or nf4 or nf4-dq or fp4"
             )
         bits, group, channel, sym = match.groups()
         return cls(int(bits), -1 if channel else int(group), sym is not None)
 
     def __str__(self) -> str:
         if self.codebook is not None:
-            return f"{self.codebook}{'-dq' if self.double_quant else ''}"
+            group = "" if self.group_size == _CODEBOOK_GROUP else f"g{self.group_size}"
+            return f"{self.codebook}{group}{'-dq' if self.double_quant else ''}"
         group = "channel" if self.group_size == -1 else f"g{self.group_size}"
         return f"w{self.bits}{group}{'-sym' if self.sym else ''}"
 

@@ -20,7 +20,7 @@ from salience.checkpoint import (
     Checkpoint,
     GgufCheckpoint,
     RenamedCheckpoint,
-    SafetensorsCheckpoint,
+    open_checkpoint,
     read_json,
 )
 from salience.conversion import ModelWeights
@@ -176,7 +176,7 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
     if path.is_dir() and not (path / "config.json").is_file():
         raise SalienceError(f"{path} has no config.json; is it a model folder?")
     # Broken files are found here, before Transformers reads them with errors of its own.
-    stored = GgufCheckpoint(path) if path.is_file() else SafetensorsCheckpoint(path)
+    stored = open_checkpoint(path)
     if path.is_dir():
         _check_config(path, trust_remote_code)
     with _foreign_errors(str(path)):

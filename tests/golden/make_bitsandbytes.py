@@ -1,4 +1,7 @@
-"""Write bitsandbytes_nf4.safetensors: what bitsandbytes makes of random weights, and reads back.
+"""Write what bitsandbytes makes of random weights, and reads back.
+
+bitsandbytes_nf4.safetensors, bitsandbytes_fp4.safetensors (with blocks of other sizes than 64) and
+bitsandbytes_int8.safetensors are made.
 
 Run by an environment of its own (benchmarks/interop_transformers.py says how to make it):
 
@@ -6,7 +9,7 @@ Run by an environment of its own (benchmarks/interop_transformers.py says how to
 
 For each case `<c>` the file holds the float weight, `<c>.float`, the state dict of bitsandbytes'
 Linear4bit, which is what Transformers saves (`<c>.weight`, `<c>.weight.absmax` and so on), and the
-weight it dequantizes, `<c>.dequantized`.
+weight it dequantizes, `<c>.dequantized`. Of int8 the layer is Linear8bitLt.
 
 bitsandbytes runs here without its native library: its portable kernels round to nearest, as those
 for GPUs do, while the CPU library of 0.50 rounds nested scales to 65536 even steps before it looks
@@ -33,7 +36,7 @@ def _refuse(name: str) -> ctypes.CDLL:
 ctypes.cdll.LoadLibrary = _refuse
 import bitsandbytes  # noqa: E402
 
-OUT = Path(__file__).with_name("bitsandbytes_nf4.safetensors")
+OUT = Path(__file__).parent
 CASES = {  # name: dtype, double quantization, out_features, in_features
     "fp32": (torch.float32, False, 6, 128),
     "bf16": (torch.bfloat16, False, 6, 128),
@@ -44,15 +47,33 @@ CASES = {  # name: dtype, double quantization, out_features, in_features
 }
 
 
+# name: kind, block size, dtype, double quantization, out_features, in_features
+MORE_CASES = {
+    "fp4": ("fp4", 64, torch.float16, False, 6, 128),
+    "fp4-dq": ("fp4", 64, torch.float32, True, 9, 64),
+    "fp4g32": ("fp4", 32, torch.bfloat16, False, 5, 96),
+    "nf4g128": ("nf4", 128, torch.float16, False, 4, 256),
+    "nf4g256-dq": ("nf4", 256, torch.float16, True, 6, 512),
+}
+
+
 def make_case(
-    dtype: torch.dtype, nested: bool, rows: int, columns: int, rng: torch.Generator
+    dtype: torch.dtype,
+    nested: bool,
+    rows: int,
+    columns: int,
+    rng: torch.Generator,
+    kind: str = "nf4",
+    block: int = 64,
 ) -> dict[str, Tensor]:
     weight = torch.randn(rows, columns, generator=rng) * torch.rand(rows, 1, generator=rng)
     weight[1] = 0
     layer = bitsandbytes.nn.Linear4bit(
-        columns, rows, bias=False, compress_statistics=nested, quant_type="nf4"
+        columns, rows, bias=False, compress_statistics=nested, quant_type=kind
     )
-    layer.weight.data = weight.to(dtype)
+    layer.weight = bitsandbytes.nn.Params4bit(
+        weight.to(dtype), False, blocksize=block, compress_statistics=nested, quant_type=kind
+    )
     layer.to("cpu")  # which quantizes
     state = layer.weight.quant_state
     return {
@@ -62,18 +83,35 @@ def make_case(
     }
 
 
-def main() -> None:
-    rng = torch.Generator().manual_seed(0)
+def make_int8(rows: int, columns: int, rng: torch.Generator) -> dict[str, Tensor]:
+    weight = (torch.randn(rows, columns, generator=rng) * torch.rand(rows, 1, generator=rng)).half()
+    layer = bitsandbytes.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False)
+    layer.weight.data = weight.clone()
+    layer.to("cpu")
+    state = layer.state_dict()
+    read = bitsandbytes.functional.int8_vectorwise_dequant(state["weight"], state["SCB"])
+    return {"float": weight, "dequantized": read, **state}
+
+
+def write(name: str, cases: dict[str, dict[str, Tensor]]) -> None:
     tensors = {
-        f"{name}.{key}": tensor.detach().clone().contiguous()
-        for name, case in CASES.items()
-        for key, tensor in make_case(*case, rng).items()
+        f"{case}.{key}": tensor.detach().clone().contiguous()
+        for case, found in cases.items()
+        for key, tensor in found.items()
     }
     versions = ", ".join(f"{name} {version(name)}" for name in ("bitsandbytes", "torch"))
-    save_file(tensors, OUT, {"versions": versions})  # one entry: of several the order varies
-    print(
-        OUT, OUT.stat().st_size, {key: tuple(t.shape) for key, t in tensors.items() if "dq" in key}
-    )
+    save_file(tensors, OUT / name, {"versions": versions})  # one entry: of several the order varies
+    print(name, (OUT / name).stat().st_size)
+
+
+def main() -> None:
+    rng = torch.Generator().manual_seed(0)
+    write("bitsandbytes_nf4.safetensors", {name: make_case(*c, rng) for name, c in CASES.items()})
+    more = {}
+    for name, (kind, block, *case) in MORE_CASES.items():
+        more[name] = make_case(*case, rng, kind, block)
+    write("bitsandbytes_fp4.safetensors", more)
+    write("bitsandbytes_int8.safetensors", {"int8": make_int8(7, 96, rng)})
 
 
 if __name__ == "__main__":

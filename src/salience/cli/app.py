@@ -53,6 +53,7 @@ class FormatName(str, Enum):
     compressed_tensors = "compressed-tensors"
     bitsandbytes = "bitsandbytes"
     gptq = "gptq"
+    bitsandbytes_int8 = "bitsandbytes-int8"
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]

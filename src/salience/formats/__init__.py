@@ -1,79 +1,117 @@
-"""Checkpoint formats, one file each. Adding one is a file and its name in `FORMATS`."""
+"""Checkpoint formats, one file each. Adding one is a file and its name in `FORMATS`, or in
+`READ_ONLY` when it cannot be written.
+"""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from salience.checkpoint import Checkpoint
 from salience.errors import SalienceError
 from salience.formats.autoawq import AutoAwq
-from salience.formats.base import Format
+from salience.formats.awq_gemv import AwqGemv
+from salience.formats.base import Format, Reader
 from salience.formats.bitsandbytes import BitsAndBytes
+from salience.formats.bitsandbytes_int8 import BitsAndBytesInt8
 from salience.formats.compressed_tensors import CompressedTensors
 from salience.formats.gptq import Gptq
+from salience.formats.llm_awq import AwqGemvFast, LlmAwq, implied_config
 
 FORMATS: tuple[Format, ...] = (
     AutoAwq(),
     CompressedTensors(),
     BitsAndBytes(),
+    BitsAndBytesInt8(),
     Gptq(),
     Gptq(version=2),
 )
+READ_ONLY: tuple[Reader, ...] = (AwqGemv(), AwqGemvFast(), LlmAwq())
 
 __all__ = [
     "FORMATS",
+    "READ_ONLY",
     "AutoAwq",
+    "AwqGemv",
+    "AwqGemvFast",
     "BitsAndBytes",
+    "BitsAndBytesInt8",
     "CompressedTensors",
     "Format",
     "Gptq",
+    "LlmAwq",
+    "Reader",
     "detect_format",
     "get_format",
     "stored_config",
 ]
 
+# Keys of a config that tell layouts apart.
+_TELLING = (
+    *("quant_method", "version", "format", "checkpoint_format", "backend", "bits"),
+    *("load_in_4bit", "load_in_8bit"),
+)
+
+# Layouts that are met and not read, each with the reason: (quant_method, version).
+_REFUSED = {
+    ("awq", "marlin"): (
+        "its weights are permuted for one GPU kernel, and neither Transformers nor vLLM reads "
+        "them; take the model's gemm version"
+    ),
+}
+
 
 def get_format(name: str) -> Format:
-    """The format called `name`.
+    """The format called `name`, to write.
 
     Raises:
-        SalienceError: there is none.
+        SalienceError: there is none, or it is only read.
     """
     for fmt in FORMATS:
         if fmt.name == name:
             return fmt
-    raise SalienceError(f"there is no format {name!r}; use {' or '.join(_names())}")
+    names = " or ".join(_names(FORMATS))
+    if any(fmt.name == name for fmt in READ_ONLY):
+        raise SalienceError(f"format {name} is read, not written; use {names}")
+    raise SalienceError(f"there is no format {name!r}; use {names}")
 
 
-def detect_format(config: Mapping[str, Any]) -> Format:
+def detect_format(config: Mapping[str, Any]) -> Reader:
     """The format of a checkpoint by its `quantization_config`.
 
     Raises:
         SalienceError: none or several fit.
     """
-    found = [fmt for fmt in FORMATS if fmt.detect(config)]
-    if len(found) != 1:
-        seen = {
-            key: config.get(key)
-            for key in ("quant_method", "version", "format", "checkpoint_format", "bits")
-        }
-        raise SalienceError(
-            f"a checkpoint with quantization_config {seen} is not one this version reads; "
-            f"it reads {', '.join(_names())}"
-        )
-    return found[0]
+    readers: tuple[Reader, ...] = (*FORMATS, *READ_ONLY)
+    found = [fmt for fmt in readers if fmt.detect(config)]
+    if len(found) == 1:
+        return found[0]
+    seen = {key: config[key] for key in _TELLING if key in config}
+    if found:
+        names = " and ".join(fmt.name for fmt in found)
+        raise SalienceError(f"quantization_config {seen} is of {names} at once; remove a key")
+    method, version = config.get("quant_method"), config.get("version") or config.get("format")
+    reason = _REFUSED.get((str(method).lower(), str(version).lower()))
+    raise SalienceError(
+        f"a checkpoint of quant_method {method!r} ({seen}) is not one this version reads"
+        f"{f': {reason}' if reason else ''}; it reads {', '.join(_names(readers))}"
+    )
 
 
-def _names() -> list[str]:
+def _names(formats: Sequence[Reader]) -> list[str]:
     """Each name once: a format may have several versions to read."""
-    return list(dict.fromkeys(fmt.name for fmt in FORMATS))
+    return list(dict.fromkeys(fmt.name for fmt in formats))
 
 
-def stored_config(model_config: Any) -> dict[str, Any] | None:
+def stored_config(model_config: Any, stored: Checkpoint | None = None) -> dict[str, Any] | None:
     """The `quantization_config` of a Transformers config; None for a float model.
 
     Older tools call it `compression_config`, or put one inside the other.
+
+    Args:
+        model_config: the Transformers config.
+        stored: the tensors; where the config says nothing, those of llm-awq do.
     """
     for key in ("quantization_config", "compression_config"):
         config = getattr(model_config, key, None)
         if config:
             return dict(config.get("quantization_config") or config)
-    return None
+    return None if stored is None else implied_config(stored)

@@ -19,11 +19,10 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.formats._awq import BITS, config_scheme, matrix, need, variant
 from salience.packing import deinterleave_awq, interleave_awq, pack, unpack
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
-
-_BITS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,23 +37,15 @@ class AutoAwq:
     config_file: str | None = None
 
     def detect(self, config: Mapping[str, Any]) -> bool:
-        version = str(config.get("version", config.get("format", "gemm"))).lower()
-        return config.get("quant_method") == "awq" and version == "gemm"
+        return variant(config) == "gemm"
 
     def scheme(self, config: Mapping[str, Any], name: str) -> Scheme:
-        bits = config.get("bits", config.get("w_bit"))
-        group_size = config.get("group_size", config.get("q_group_size"))
-        if bits != _BITS or not isinstance(group_size, int):
-            raise SalienceError(
-                f"quantization_config has bits {bits!r} and group_size {group_size!r}; "
-                "an awq checkpoint has bits 4 and a group size"
-            )
-        return Scheme(_BITS, group_size)
+        return config_scheme(config)
 
     def check(self, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
         for name, scheme in schemes.items():
-            if scheme.bits != _BITS or scheme.codebook is not None:
-                better = Scheme(_BITS, scheme.group_size, scheme.sym)
+            if scheme.bits != BITS or scheme.codebook is not None:
+                better = Scheme(BITS, scheme.group_size, scheme.sym)
                 other = "bitsandbytes" if scheme.codebook else "compressed-tensors"
                 raise SalienceError(
                     f"--format awq holds 4-bit codes, not {scheme} as {name} wants; "
@@ -70,25 +61,20 @@ class AutoAwq:
 
     def write(self, qt: QTensor) -> dict[str, Tensor]:
         return {
-            "qweight": pack(interleave_awq(qt.q.T), _BITS),
-            "qzeros": pack(interleave_awq(qt.zeros.T), _BITS),
+            "qweight": pack(interleave_awq(qt.q.T), BITS),
+            "qzeros": pack(interleave_awq(qt.zeros.T), BITS),
             "scales": qt.scales.T.contiguous().to(torch.float16),
         }
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-        missing = self.tensors - tensors.keys()
-        if missing:
-            raise SalienceError(f"tensor {min(missing)} is missing")
+        need(tensors, self.tensors)
         qweight, qzeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
-        for name, words in (("qweight", qweight), ("qzeros", qzeros)):
-            if words.dtype != torch.int32 or words.ndim != 2:
-                raise SalienceError(
-                    f"{name} must be an int32 matrix, not {words.dtype} {list(words.shape)}"
-                )
+        matrix("qweight", qweight, torch.int32)
+        matrix("qzeros", qzeros, torch.int32)
         if scales.ndim != 2:
             raise SalienceError(f"scales must be a matrix, not {list(scales.shape)}")
-        codes = deinterleave_awq(unpack(qweight, _BITS)).T.contiguous()
-        zeros = deinterleave_awq(unpack(qzeros, _BITS)).T.contiguous()
+        codes = deinterleave_awq(unpack(qweight, BITS)).T.contiguous()
+        zeros = deinterleave_awq(unpack(qzeros, BITS)).T.contiguous()
         return QTensor(codes, scales.T.contiguous(), zeros, scheme)
 
     def config(
@@ -105,7 +91,7 @@ class AutoAwq:
             "quant_method": "awq",
             "zero_point": True,
             "group_size": next(iter(schemes.values())).group_size,
-            "bits": _BITS,
+            "bits": BITS,
             "version": "gemm",
             "modules_to_not_convert": skipped or None,
         }

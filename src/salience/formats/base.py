@@ -1,4 +1,8 @@
-"""What a checkpoint format is: a pure function from a QTensor to named tensors, and back."""
+"""What a checkpoint format is: a pure function from named tensors to a QTensor, and back.
+
+Formats that other tools make and nothing needs more of are only read: they are a `Reader`, and have
+nothing to write with. The others are a `Format`.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -9,8 +13,11 @@ from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
 
-class Format(Protocol):
-    """One way to store quantized linears. Tensor names are local: "qweight", not "a.b.qweight"."""
+class Reader(Protocol):
+    """One way quantized linears are stored.
+
+    Tensor names are local: "qweight", not "a.b.qweight".
+    """
 
     @property
     def name(self) -> str: ...
@@ -25,21 +32,6 @@ class Format(Protocol):
         """The one of `tensors` that every quantized linear has and no float one."""
         ...
 
-    @property
-    def heads(self) -> bool:
-        """Whether readers take quantized linears outside the decoder's blocks, such as the head."""
-        ...
-
-    @property
-    def act_order(self) -> bool:
-        """Whether it has a place for `g_idx`, the groups of columns in activation order."""
-        ...
-
-    @property
-    def config_file(self) -> str | None:
-        """A file beside `config.json` that readers look for the `quantization_config` in, too."""
-        ...
-
     def detect(self, config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint's `quantization_config` is of this format."""
         ...
@@ -50,6 +42,36 @@ class Format(Protocol):
         Raises:
             SalienceError: a config this format cannot have.
         """
+        ...
+
+    def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
+        """The weight, from those of `tensors` that are stored.
+
+        Where the config leaves it open, the tensors say the group size: that of the result may
+        be another than that of `scheme`.
+
+        Raises:
+            SalienceError: tensors that are no such weight.
+        """
+        ...
+
+
+class Format(Reader, Protocol):
+    """A way to store quantized linears that is written, too."""
+
+    @property
+    def heads(self) -> bool:
+        """Whether readers take quantized linears outside the decoder's blocks, such as the head."""
+        ...
+
+    @property
+    def act_order(self) -> bool:
+        """Whether it stores the group of each column, which groups in activation order need."""
+        ...
+
+    @property
+    def config_file(self) -> str | None:
+        """A file beside `config.json` that readers look for the `quantization_config` in, too."""
         ...
 
     def check(self, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -66,14 +88,6 @@ class Format(Protocol):
 
     def write(self, qt: QTensor) -> dict[str, Tensor]:
         """The stored tensors of one weight, by their local names."""
-        ...
-
-    def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-        """Undo `write`, from those of `tensors` that are stored.
-
-        Raises:
-            SalienceError: tensors that are no such weight.
-        """
         ...
 
     def config(

@@ -1,21 +1,25 @@
-"""bitsandbytes NF4: what QLoRA's tools, Transformers and vLLM call `bitsandbytes` in 4 bits.
+"""bitsandbytes NF4 and FP4: what QLoRA's tools, Transformers and vLLM call 4-bit `bitsandbytes`.
 
-Of a linear with N outputs and K inputs, in blocks of 64 along each row:
+Of a linear with N outputs and K inputs, in blocks of B (64, if not said otherwise) along each row:
 
     weight                   uint8 [N K / 2, 1]    codes by rows, two a byte, the first one high
-    weight.absmax            fp32 [N K / 64]       scales; uint8 codes of them when nested
+    weight.absmax            fp32 [N K / B]        scales; uint8 codes of them when nested
     weight.quant_map         fp32 [16]             the table
-    weight.nested_absmax     fp32 [N K / 64 / 256] scales of the scales, when nested
+    weight.nested_absmax     fp32 [N K / B / 256]  scales of the scales, when nested
     weight.nested_quant_map  fp32 [256]            their table
     weight.quant_state.bitsandbytes__nf4           shape and so on: the bytes of a JSON object
 
-bitsandbytes cuts blocks from the flattened weight; where 64 does not divide K they would cross
-rows, and such weights are refused.
+FP4's state ends in __fp4. Its codes are the bits of a float, sign first, so that its table is not
+ascending as ours (`salience.codebook`): codes are renamed on their way in and out. Of the two zeros
+its portable kernels take code 0 for values up to 0 and code 8 above; so does the order here.
+
+bitsandbytes cuts blocks from the flattened weight; where B does not divide K they would cross rows,
+and such weights are refused. B is in the state of each weight and nowhere else.
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,61 +27,79 @@ from torch import Tensor
 
 from salience.codebook import table
 from salience.errors import SalienceError
+from salience.formats._bnb import loads_in, quantization_config
 from salience.packing import pack, unpack
 from salience.qtensor import NestedScales, QTensor
 from salience.scheme import NESTED_BLOCK, Scheme
 
-_TABLE = "nf4"
-_STATE = f"weight.quant_state.bitsandbytes__{_TABLE}"
-_PLAIN = frozenset({"weight", "weight.absmax", "weight.quant_map", _STATE})
+_BLOCK = 64
+_BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+# Place in our table of each stored code.
+_PLACES = {
+    "nf4": tuple(range(16)),
+    "fp4": (7, 9, 14, 15, 12, 13, 10, 11, 8, 6, 1, 0, 3, 2, 5, 4),
+}
+_STATES = {kind: f"weight.quant_state.bitsandbytes__{kind}" for kind in _PLACES}
+_PLAIN = frozenset({"weight", "weight.absmax", "weight.quant_map"})
 _NESTED = frozenset({"weight.nested_absmax", "weight.nested_quant_map"})
 
 
 @dataclass(frozen=True, slots=True)
 class BitsAndBytes:
-    """NF4 in blocks of 64, with double quantization or without, one for all linears."""
+    """NF4 or FP4, with double quantization or without, one for all linears."""
 
     name: str = "bitsandbytes"
-    tensors: frozenset[str] = _PLAIN | _NESTED
+    tensors: frozenset[str] = _PLAIN | _NESTED | frozenset(_STATES.values())
     marker: str = "weight.absmax"
     heads: bool = False
     act_order: bool = False
     config_file: str | None = None
 
     def detect(self, config: Mapping[str, Any]) -> bool:
-        return config.get("quant_method") == "bitsandbytes"
+        return loads_in(config, 4)
 
     def scheme(self, config: Mapping[str, Any], name: str) -> Scheme:
         kind = config.get("bnb_4bit_quant_type", "fp4")
-        if not config.get("load_in_4bit") or kind != _TABLE:
-            found = f"4-bit {kind}" if config.get("load_in_4bit") else "not 4 bits"
-            raise SalienceError(f"quantization_config is {found}; of bitsandbytes only nf4 is read")
+        if kind not in _PLACES:
+            raise SalienceError(
+                f"quantization_config is of bnb_4bit_quant_type {kind!r}; nf4 and fp4 are read"
+            )
         nested = bool(config.get("bnb_4bit_use_double_quant", False))
-        return Scheme.parse(f"{_TABLE}-dq" if nested else _TABLE)
+        return Scheme.parse(f"{kind}-dq" if nested else kind)
 
     def check(self, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
         for name, scheme in schemes.items():
-            if scheme.codebook != _TABLE:
+            if scheme.codebook not in _PLACES:
                 raise SalienceError(
-                    f"--format bitsandbytes holds nf4, not {scheme} as {name} wants; use --method "
-                    "nf4 --scheme nf4, or another format"
+                    f"--format bitsandbytes holds nf4 and fp4, not {scheme} as {name} wants; use "
+                    "--method nf4 --scheme nf4, or another format"
                 )
-        if len(set(schemes.values())) > 1:
+            if scheme.group_size not in _BLOCK_SIZES:
+                raise SalienceError(
+                    f"--format bitsandbytes has no blocks of {scheme.group_size}, as {name} wants; "
+                    f"use one of {', '.join(map(str, _BLOCK_SIZES))}"
+                )
+        # The state of each weight has its block size; kind and nesting are said once.
+        kinds = {replace(scheme, group_size=_BLOCK) for scheme in schemes.values()}
+        if len(kinds) > 1:
             raise SalienceError(
-                "--format bitsandbytes stores one scheme for all linears, not nf4 and nf4-dq"
+                "--format bitsandbytes stores one scheme for all linears, not "
+                f"{' and '.join(sorted(map(str, kinds)))}"
             )
 
     def write(self, qt: QTensor) -> dict[str, Tensor]:
+        kind = str(qt.scheme.codebook)
         state: dict[str, object] = {
-            "quant_type": _TABLE,
+            "quant_type": kind,
             "blocksize": qt.scheme.group_columns(qt.in_features),
             "dtype": "float16",
             "shape": list(qt.q.shape),
         }
+        codes = _codes(kind, qt.q.device)[qt.q.flatten().int()]
         tensors = {
-            "weight": _swap(pack(qt.q.flatten(), 4).view(torch.uint8))[:, None],
+            "weight": _swap(pack(codes, 4).view(torch.uint8))[:, None],
             "weight.absmax": qt.scales.flatten(),
-            "weight.quant_map": table(_TABLE),
+            "weight.quant_map": _stored_table(kind, qt.q.device),
         }
         if qt.nested is not None:
             tensors["weight.absmax"] = qt.nested.q.flatten()
@@ -88,16 +110,20 @@ class BitsAndBytes:
                 "nested_dtype": "float32",
                 "nested_offset": qt.nested.offset,
             }
-        return tensors | {_STATE: torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)}
+        data = list(json.dumps(state).encode())
+        return tensors | {_STATES[kind]: torch.tensor(data, dtype=torch.uint8)}
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-        missing = _PLAIN.union(_NESTED if scheme.double_quant else ()) - tensors.keys()
+        kind = str(scheme.codebook)
+        need = _PLAIN.union({_STATES[kind]}, _NESTED if scheme.double_quant else ())
+        missing = need - tensors.keys()
         if missing:
             raise SalienceError(f"tensor {min(missing)} is missing")
         device = tensors["weight"].device
-        if not torch.equal(tensors["weight.quant_map"].float(), table(_TABLE, device)):
-            raise SalienceError(f"weight.quant_map is not the table of {_TABLE}")
-        state = _state(tensors[_STATE], scheme)
+        if not torch.equal(tensors["weight.quant_map"].float(), _stored_table(kind, device)):
+            raise SalienceError(f"weight.quant_map is not the table of {kind}")
+        state = _state(tensors[_STATES[kind]], scheme)
+        scheme = replace(scheme, group_size=state["blocksize"])
         rows, columns = shape = state["shape"]
         groups = (rows, scheme.groups(columns))
         stored = tensors["weight"].flatten().view(torch.uint8)  # of whatever bnb_4bit_quant_storage
@@ -119,6 +145,8 @@ class BitsAndBytes:
             nested = NestedScales(scales, inner, float(state["nested_offset"]), values)
             scales = nested.dequantize()
         codes = unpack(_swap(stored).view(torch.int32), 4).view(shape)
+        places = torch.tensor(_PLACES[kind], dtype=torch.uint8, device=device)
+        codes = places[codes.int()]
         zeros = torch.zeros_like(scales, dtype=torch.uint8)
         return QTensor(codes, scales, zeros, scheme, nested=nested)
 
@@ -129,21 +157,18 @@ class BitsAndBytes:
         outside: Sequence[str] = (),
         act_order: bool = False,
     ) -> dict[str, Any]:
-        return {
-            "_load_in_4bit": True,
-            "_load_in_8bit": False,
-            "bnb_4bit_compute_dtype": "float16",
-            "bnb_4bit_quant_storage": "uint8",
-            "bnb_4bit_quant_type": _TABLE,
-            "bnb_4bit_use_double_quant": next(iter(schemes.values())).double_quant,
-            "llm_int8_enable_fp32_cpu_offload": False,
-            "llm_int8_has_fp16_weight": False,
-            "llm_int8_skip_modules": list(kept) or None,
-            "llm_int8_threshold": 6.0,
-            "load_in_4bit": True,
-            "load_in_8bit": False,
-            "quant_method": "bitsandbytes",
-        }
+        first = next(iter(schemes.values()))
+        return quantization_config(4, kept, str(first.codebook), first.double_quant)
+
+
+def _codes(kind: str, device: torch.device) -> Tensor:
+    """The stored code of each place in our table, uint8 [16]."""
+    return torch.tensor(_PLACES[kind], device=device).argsort().to(torch.uint8)
+
+
+def _stored_table(kind: str, device: torch.device) -> Tensor:
+    """The table in the order of the stored codes, fp32 [16]."""
+    return table(kind, device)[list(_PLACES[kind])]
 
 
 def _swap(data: Tensor) -> Tensor:
@@ -153,20 +178,23 @@ def _swap(data: Tensor) -> Tensor:
 
 def _state(data: Tensor, scheme: Scheme) -> dict[str, Any]:
     """The JSON object among the tensors, with what is needed of it checked."""
+    name = _STATES[str(scheme.codebook)]
     try:
         state = json.loads(bytes(data.tolist()))
-    except ValueError as error:
-        raise SalienceError(f"{_STATE} is not readable as JSON ({error})") from None
-    known: dict[str, object] = {
-        "quant_type": _TABLE,
-        "blocksize": scheme.group_columns(0),
-        **({"nested_blocksize": NESTED_BLOCK} if scheme.double_quant else {}),
-    }
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SalienceError(f"{name} is not readable as JSON ({error})") from None
+    known: dict[str, object] = {"quant_type": scheme.codebook}
+    if scheme.double_quant:
+        known["nested_blocksize"] = NESTED_BLOCK
     for key, value in known.items():
         if not isinstance(state, dict) or state.get(key) != value:
-            raise SalienceError(f"{_STATE} is not of {key} {value}: other ones are not read")
+            raise SalienceError(f"{name} is not of {key} {value}: other ones are not read")
+    if state.get("blocksize") not in _BLOCK_SIZES:
+        raise SalienceError(
+            f"{name} is of blocksize {state.get('blocksize')!r}, which there is not"
+        )
     shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
     whole = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
     if not whole or len(shape) != 2 or not isinstance(offset, float):
-        raise SalienceError(f"{_STATE} has no shape of two numbers, or no nested_offset")
+        raise SalienceError(f"{name} has no shape of two numbers, or no nested_offset")
     return dict(state)

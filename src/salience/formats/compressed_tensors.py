@@ -13,8 +13,12 @@ unsigned codes and zeros of a QTensor as they are. Packing is the dense stream o
 for every width, since compressed-tensors 0.18. Before, a word held 32 // b whole codes, so that ten
 3-bit codes took a word; the number of words tells which it is.
 
-Each linear may have a scheme of its own: `config_groups` names the modules of each. Groups in
-activation order are read and not written: compressed-tensors 0.19 dropped them.
+Each linear may have a scheme of its own: `config_groups` names the modules of each.
+
+Groups in activation order ("actorder": "group") have their place in the tensors, and vLLM reads
+them; the library itself dropped them with 0.19, whose loaders refuse the config, and Transformers
+with it. The version written, 0.18.0, is the last that reads them and the first whose packing this
+is.
 """
 
 import re
@@ -31,7 +35,7 @@ from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
 _FORMAT = "pack-quantized"
-_VERSION = "0.18.0"  # the first whose packing this is
+_VERSION = "0.18.0"
 _CLASSES = ("Linear", "Module")  # of a linear, by which a target may name it
 _MIN_BITS = 2
 
@@ -46,7 +50,7 @@ class CompressedTensors:
     )
     marker: str = "weight_packed"
     heads: bool = True
-    act_order: bool = False
+    act_order: bool = True
     config_file: str | None = None
 
     def detect(self, config: Mapping[str, Any]) -> bool:
@@ -84,16 +88,6 @@ class CompressedTensors:
                 )
 
     def write(self, qt: QTensor) -> dict[str, Tensor]:
-        """The stored tensors.
-
-        Raises:
-            SalienceError: groups in activation order.
-        """
-        if qt.g_idx is not None:
-            raise SalienceError(
-                "--format compressed-tensors holds no groups in activation order: version "
-                "0.19 of that library dropped them; use groups in column order"
-            )
         tensors = {
             "weight_packed": pack(qt.q, qt.scheme.bits),
             "weight_scale": qt.scales.to(torch.float16).contiguous(),
@@ -101,6 +95,8 @@ class CompressedTensors:
         }
         if not qt.scheme.sym:
             tensors["weight_zero_point"] = pack(qt.zeros.T, qt.scheme.bits).T.contiguous()
+        if qt.g_idx is not None and qt.scheme.group_size != -1:
+            tensors["weight_g_idx"] = qt.g_idx.to(torch.int32)
         return tensors
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
@@ -122,7 +118,7 @@ class CompressedTensors:
         else:
             stored, size = tensors["weight_zero_point"], (scales.shape[1], rows)
             zeros = _unpack("weight_zero_point", stored.T, scheme.bits, size, dense).T.contiguous()
-        return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme))
+        return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme, columns))
 
     def config(
         self,
@@ -149,7 +145,7 @@ class CompressedTensors:
             "config_groups": {
                 f"group_{i}": {
                     "targets": targets,
-                    "weights": _weights(scheme),
+                    "weights": _weights(scheme, act_order),
                     "input_activations": None,
                     "output_activations": None,
                 }
@@ -158,9 +154,9 @@ class CompressedTensors:
         }
 
 
-def _weights(scheme: Scheme) -> dict[str, Any]:
+def _weights(scheme: Scheme, act_order: bool) -> dict[str, Any]:
     """Only the keys that every version knows: older ones refuse those they do not."""
-    return {
+    weights = {
         "num_bits": scheme.bits,
         "type": "int",
         "symmetric": scheme.sym,
@@ -168,6 +164,8 @@ def _weights(scheme: Scheme) -> dict[str, Any]:
         "group_size": None if scheme.group_size == -1 else scheme.group_size,
         "dynamic": False,
     }
+    # Of whole rows there is nothing to order, and a config that says so is refused.
+    return weights | {"actorder": "group"} if act_order and scheme.group_size != -1 else weights
 
 
 def _scheme(weights: object) -> Scheme:
@@ -234,10 +232,22 @@ def _unpack(name: str, packed: Tensor, bits: int, shape: tuple[int, int], dense:
     return ((packed[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :n]
 
 
-def _g_idx(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
-    """The groups of the columns; None when they are in order, or -1: never assigned."""
+def _g_idx(tensors: Mapping[str, Tensor], scheme: Scheme, columns: int) -> Tensor | None:
+    """The groups of the columns; None when they are in order, or all -1: never assigned."""
     g_idx = tensors.get("weight_g_idx")
-    if g_idx is None or (g_idx == -1).any():
+    if g_idx is None:
         return None
-    in_order = torch.arange(len(g_idx), device=g_idx.device) // scheme.group_columns(len(g_idx))
-    return None if torch.equal(g_idx.long(), in_order) else g_idx.int()
+    if g_idx.dtype not in (torch.int32, torch.int64) or tuple(g_idx.shape) != (columns,):
+        raise SalienceError(
+            f"weight_g_idx must be int32 [{columns}], not {g_idx.dtype} {list(g_idx.shape)}"
+        )
+    in_order = torch.arange(columns, device=g_idx.device) // scheme.group_columns(columns)
+    if (g_idx == -1).all() or torch.equal(g_idx.long(), in_order):
+        return None
+    last = scheme.groups(columns) - 1
+    if g_idx.min() < 0 or g_idx.max() > last:
+        raise SalienceError(
+            f"weight_g_idx has groups {int(g_idx.min())} to {int(g_idx.max())}, the weight has "
+            f"0 to {last}"
+        )
+    return g_idx.int()

@@ -83,7 +83,7 @@ def check_method(method: Method, scheme: Scheme) -> None:
         SalienceError: naming both options.
     """
     if method is NF4 and scheme.codebook is None:
-        raise SalienceError(f"--method nf4 makes no {scheme}; use --scheme nf4 or nf4-dq")
+        raise SalienceError(f"--method nf4 makes no {scheme}; use --scheme nf4 or nf4-dq or fp4")
     if method is not NF4 and scheme.codebook is not None:
         raise SalienceError(f"--method {method.name} makes no {scheme}; use --method nf4")
 
