@@ -303,7 +303,8 @@ def test_nf4(scheme: str | None, two: Path, calibration: Calibration, tmp_path: 
     if scheme == "nf4g32":  # which only the tensors say
         assert {str(qt.scheme) for qt in qtensors(out).values()} == {scheme}
     assert len(qtensors(out)) == 2 * LINEARS
-    assert error(loads_again(out), logits(salience.load(two))) < 0.6
+    limit = 0.8 if scheme == "fp4" else 0.6  # the coarser table
+    assert error(loads_again(out), logits(salience.load(two))) < limit
 
 
 def broken(kind: str, tmp_path: Path) -> Path:

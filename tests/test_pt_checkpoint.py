@@ -80,6 +80,12 @@ def test_two_files(tmp_path: Path) -> None:
     refuse(lambda: open_checkpoint(tmp_path), tmp_path, "one file that ends in -v2.pt", "other-v2")
 
 
+def test_one_file_of_another_name(tmp_path: Path) -> None:
+    """llm-awq's first layout, or no checkpoint of its at all."""
+    save(tmp_path, TENSORS, "model-w4-g128-awq.pt")
+    refuse(lambda: open_checkpoint(tmp_path), "one file that ends in -v2.pt", "w4-g128-awq.pt")
+
+
 class Trap:
     """Leaves a file where it is unpickled."""
 
@@ -94,7 +100,7 @@ class Trap:
 def test_code_is_not_run(split: bool, tmp_path: Path) -> None:
     trap = tmp_path / "sprung"
     if split:
-        save(tmp_path, Trap(trap), "a.weight.pt")
+        save(save(tmp_path, Trap(trap), "a.weight.pt"), torch.zeros(1), "b.weight.pt")
     else:
         save(tmp_path, {"a.weight": TENSORS["a.weight"], "b": Trap(trap)})
     refuse(lambda: open_checkpoint(tmp_path), tmp_path, "holds more than tensors")

@@ -43,8 +43,8 @@ class PtCheckpoint:
         self._tensors: dict[str, Tensor] = {}
         files = pt_files(folder)
         whole = [file for file in files if file.name.endswith(_V2)]
-        if len(whole) > 1 or not files:
-            found = ", ".join(file.name for file in whole) or "none"
+        if len(whole) > 1 or (not whole and len(files) < 2):
+            found = ", ".join(file.name for file in whole or files) or "none"
             raise SalienceError(f"{folder} should hold one file that ends in {_V2}, found {found}")
         if whole:
             self._file = whole[0]

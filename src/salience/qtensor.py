@@ -41,7 +41,7 @@ class QTensor:
 
     Args:
         q: codes, uint8 [out, in].
-        scales: [out, groups], fp16 or bf16, or fp32 of a codebook scheme.
+        scales: [out, groups], fp16 or bf16; fp32 of a codebook scheme and of LLM.int8.
         zeros: codes that stand for 0, uint8 [out, groups]; a codebook scheme has 0s and no use for
             them.
         scheme: bits and group size.
@@ -84,8 +84,8 @@ class QTensor:
         return self.q.shape[1]
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [out, in]. Exact in fp32: a code times an fp16 scale fits its mantissa. Of a
-        codebook scheme, the fp32 products.
+        """The weight [out, in]. Exact in fp32: a code times an fp16 scale fits its mantissa. Of
+        fp32 scales, the fp32 products.
         """
         if self.scheme.codebook is not None:
             values = table(self.scheme.codebook, self.q.device)[self.q.int()]
