@@ -523,8 +523,8 @@ def test_efforts_and_methods(quantize: Run) -> None:
         line = quantize("--effort", "balanced", "--method", method)
         assert f"--effort balanced is for --method awq, not {method}" in line
     assert "--act-order is for --method gptq, not awq" in quantize("--act-order")
-    line = quantize("--act-order", "--method", "gptq", "--format", "compressed-tensors")
-    assert "--format compressed-tensors has no place for the groups of --act-order" in line
+    line = quantize("--act-order", "--method", "gptq", "--format", "awq")
+    assert "--format awq has no place for the groups of --act-order" in line
     assert "--method awq makes no nf4; use --method nf4" in quantize("--scheme", "nf4")
     assert "--method nf4 makes no w4g32; use --scheme nf4" in quantize("--method", "nf4")
     assert "best" in quantize("--effort", "best")

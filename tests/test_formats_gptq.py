@@ -272,7 +272,7 @@ def test_detect(changes: dict[str, Any], version: int) -> None:
 def test_each_name_is_listed_once() -> None:
     with pytest.raises(SalienceError, match=r"bitsandbytes-int8 or gptq$"):
         get_format("magic")
-    with pytest.raises(SalienceError, match=r"bitsandbytes, gptq$"):
+    with pytest.raises(SalienceError, match=r"bitsandbytes-int8, gptq, awq-gemv"):
         detect_format({"quant_method": "magic"})
     assert get_format("gptq") == V1
 
