@@ -22,6 +22,7 @@ from salience.errors import SalienceError
 from salience.packing import deinterleave_awq, interleave_awq, pack, unpack
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
+from salience.serving import with_fused
 
 _BITS = 4
 
@@ -94,7 +95,7 @@ class AutoAwq:
     ) -> dict[str, Any]:
         # Readers keep the head float by themselves and differ in how they match other names; full
         # paths mean the same to all of them.
-        skipped = [name for name in kept if name != "lm_head"]
+        skipped = [name for name in with_fused(kept) if name != "lm_head"]
         return {
             "quant_method": "awq",
             "zero_point": True,

@@ -1,0 +1,414 @@
+"""What vLLM and SGLang would say of a checkpoint, before it is made.
+
+A runtime cuts a linear of N outputs and K inputs over `tensor_parallel` GPUs, by its outputs or by
+its inputs, and gives each part to a kernel that wants whole tiles of it:
+
+    outputs cut (q, k, v, gate, up)    N / TP,  K         with N multiples of 64,
+    inputs cut  (o, down)              N,       K / TP    K of 128 and of the group size
+
+Which linears are cut which way, and which are fused into one (q, k and v; gate and up), runtimes
+decide by name, in a table for each architecture. So it is done by name here too, unlike everywhere
+else in salience: what counts is not what the model computes, but what the runtime takes it for. The
+parts of a fused linear share one kernel, so they need one scheme, and all or none of them are
+quantized.
+
+A finding is a warning where the runtime still answers (by a slower kernel, or only in some of its
+versions), a refusal where it does not load the model, or answers wrongly.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salience.scheme import Scheme, fitting_group_sizes
+
+RUNTIMES = ("vllm", "sglang")
+_TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
+
+# What vLLM's packed_modules_mapping and SGLang's say, of all architectures together.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+    "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
+    "in_proj_ba": ("in_proj_b", "in_proj_a"),
+}
+_INPUTS_CUT = frozenset(
+    [
+        "o_proj",
+        "out_proj",
+        "dense",
+        "c_proj",
+        "wo",
+        "down_proj",
+        "dense_4h_to_h",
+        "fc2",
+        "fc_out",
+        "w2",
+    ]
+)
+_NOT_CUT = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"))
+_HEADS = frozenset(("k_proj", "v_proj"))
+
+_TILE_ROWS, _TILE_COLUMNS = 64, 128
+_TILE_GROUPS = frozenset((-1, 32, 64, 128))
+_GEMM_GROUP = 32  # AutoAWQ's own kernel takes multiples of it
+_PACKED_ROWS = 8  # of AutoAWQ, in a word
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that one runtime would mind.
+
+    Args:
+        runtime: "vllm" or "sglang".
+        linear: full name; of linears that are fused, the fused one's.
+        problem: what is wrong.
+        severity: "warn", or "refuse" for what the runtime cannot serve.
+        mend: what to do.
+    """
+
+    runtime: str
+    linear: str
+    problem: str
+    severity: str
+    mend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A checkpoint as runtimes see it: no weights, only what its headers and config say.
+
+    Args:
+        format: name of its format.
+        schemes: of each quantized linear, by its full name.
+        shapes: (out, in) of the same.
+        kept: full names of linears, routers and experts that stay float.
+        skips: the config's list of modules to keep float, None where the format has none.
+        dtype: of scales and activations, "float16" or "bfloat16".
+        kv_heads: heads of keys and values; more GPUs than that have copies.
+        act_order: whether groups are in activation order.
+        g_idx: the group of each column, of linears where that is known already.
+        embeddings: those of `schemes` that are embeddings.
+    """
+
+    format: str
+    schemes: Mapping[str, Scheme]
+    shapes: Mapping[str, tuple[int, int]]
+    kept: Sequence[str] = ()
+    skips: Sequence[str] | None = None
+    dtype: str = "float16"
+    kv_heads: int | None = None
+    act_order: bool = False
+    g_idx: Mapping[str, Tensor] = field(default_factory=dict)
+    embeddings: Sequence[str] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What one GPU has of a linear, or of several fused into one."""
+
+    name: str
+    scheme: Scheme
+    rows: float  # not whole where the number of GPUs does not divide them
+    columns: float
+    inputs_cut: bool
+
+    @property
+    def whole(self) -> bool:
+        return self.rows == int(self.rows) and self.columns == int(self.columns)
+
+    @property
+    def group(self) -> float:
+        return self.columns if self.scheme.group_size == -1 else self.scheme.group_size
+
+    @property
+    def tiles(self) -> bool:
+        """Whether the fast kernel of both runtimes, Marlin, takes its shape and groups."""
+        grouped = self.scheme.group_size in _TILE_GROUPS and not self.columns % self.group
+        return grouped and not self.rows % _TILE_ROWS and not self.columns % _TILE_COLUMNS
+
+
+# Runtimes, severity, problem, mend.
+_Remark = tuple[tuple[str, ...], str, str, str]
+
+
+def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
+    """What vLLM and SGLang would mind.
+
+    Args:
+        served: the checkpoint.
+        tensor_parallel: on how many GPUs each linear is cut.
+    """
+    found: list[Finding] = []
+
+    def note(name: str, remarks: Iterable[_Remark]) -> None:
+        for runtimes, severity, problem, mend in remarks:
+            found.extend(Finding(each, name, problem, severity, mend) for each in runtimes)
+
+    kernel = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}.get(
+        served.format
+    )
+    for name in served.embeddings:
+        note(name, [(RUNTIMES, "refuse", "coded embeddings are not read", "leave them float")])
+    for name, parts in _units(served).items():
+        remarks = list(_fused(served, parts))
+        note(name, remarks)
+        if remarks or kernel is None:
+            continue
+        part = _part(served, name, parts, tensor_parallel)
+        note(name, _cut(part, tensor_parallel))
+        if part.whole and not part.columns % part.group:
+            note(name, kernel(part, served, tensor_parallel))
+    if served.format == "bitsandbytes" and tensor_parallel > 1:
+        problem = "quantized beforehand it was long not served on several GPUs (vllm#8434)"
+        mend = "use pipeline parallelism, or --format awq"
+        note(next(iter(served.schemes)), [(RUNTIMES, "warn", problem, mend)])
+    if served.format == "awq":
+        for name, remark in _skipped(served):
+            note(name, [remark])
+    return found
+
+
+def skip_list(config: Mapping[str, Any]) -> list[str] | None:
+    """The modules that a `quantization_config` keeps float by part of their name; None if it has
+    no such list.
+    """
+    if "modules_to_not_convert" not in config:
+        return None
+    return [str(entry) for entry in config["modules_to_not_convert"] or ()]
+
+
+def kv_heads(model_config: Any) -> int | None:
+    """How many heads of keys and values a Transformers config speaks of."""
+    count = getattr(model_config.get_text_config(), "num_key_value_heads", None)
+    return count if isinstance(count, int) else None
+
+
+def with_fused(names: Iterable[str]) -> list[str]:
+    """Names to keep float, with those of the fused linears whose parts are all among them.
+
+    vLLM looks for the parts of a fused linear in a skip list, SGLang for its own name.
+    """
+    listed = list(dict.fromkeys(names))
+    for name in listed.copy():
+        owner, _, leaf = name.rpartition(".")
+        for fused, parts in FUSED.items():
+            full = [f"{owner}.{part}" for part in parts]
+            if leaf == parts[0] and set(full) <= set(listed):
+                listed.append(f"{owner}.{fused}")
+    return list(dict.fromkeys(listed))
+
+
+def rejection(found: Sequence[Finding]) -> str | None:
+    """Why neither runtime would serve it, in one line; None if at least one would."""
+    first = {each.runtime: each for each in reversed(found) if each.severity == "refuse"}
+    if len(first) < len(RUNTIMES):
+        return None
+    one = first[RUNTIMES[0]]
+    both = "vLLM and SGLang" if _alike(one, first[RUNTIMES[1]]) else "vLLM"
+    return f"{both} would refuse {one.linear}: {one.problem}; {one.mend}"
+
+
+def summary(found: Sequence[Finding]) -> list[str]:
+    """One line for what is alike: all runtimes and linears of one problem together."""
+    groups: dict[tuple[str, str, str], list[Finding]] = {}
+    for each in found:
+        groups.setdefault((each.problem, each.severity, each.mend), []).append(each)
+    lines = []
+    for (problem, severity, mend), alike in groups.items():
+        runtimes = [_TITLES[name] for name in RUNTIMES if any(f.runtime == name for f in alike)]
+        names = list(dict.fromkeys(f.linear for f in alike))
+        kinds = list(dict.fromkeys(re.sub(r"\.\d+\b", ".*", name) for name in names))
+        where = ", ".join(kinds[:4]) + (", ..." if len(kinds) > 4 else "")
+        where = where if len(names) == 1 else f"{len(names)} linears ({where})"
+        where = names[0] if len(names) == 1 else where
+        verb = "would refuse" if severity == "refuse" else "would take"
+        lines.append(f"{' and '.join(runtimes)} {verb} {where}: {problem}; {mend}")
+    return lines
+
+
+def _alike(a: Finding, b: Finding) -> bool:
+    return (a.linear, a.problem) == (b.linear, b.problem)
+
+
+def _units(served: Served) -> dict[str, list[str]]:
+    """Quantized linears by the name of what runtimes make of them, and its parts, float ones too.
+
+    A part that the model does not have (v where it is k) is left out.
+    """
+    there = {*served.schemes, *served.kept}
+    units: dict[str, list[str]] = {}
+    for name in served.schemes:
+        if name in served.embeddings or "." not in name:
+            continue  # the head: its table of tokens is padded by runtimes
+        owner, _, leaf = (unit := _fused_name(served, name)).rpartition(".")
+        parts = [f"{owner}.{part}" for part in FUSED[leaf]] if unit != name else [name]
+        units[unit] = [part for part in parts if part in there]
+    return units
+
+
+def _part(served: Served, name: str, parts: list[str], gpus: int) -> _Part:
+    leaf = name.rpartition(".")[2]
+    inputs_cut = leaf in _INPUTS_CUT
+    rows = 0.0
+    for part in parts:
+        count = served.shapes[part][0]
+        heads = served.kv_heads
+        copied = part.rpartition(".")[2] in _HEADS and heads is not None and gpus > heads
+        cut = 1 if inputs_cut or leaf in _NOT_CUT else heads if copied and heads else gpus
+        rows += count / cut
+    columns = served.shapes[parts[0]][1] / (gpus if inputs_cut else 1)
+    return _Part(name, served.schemes[parts[0]], rows, columns, inputs_cut)
+
+
+def _fused(served: Served, parts: list[str]) -> Iterator[_Remark]:
+    """All parts of a fused linear have one scheme, or none of them has."""
+    leaves = [part.rpartition(".")[2] for part in parts]
+    together = f"{', '.join(leaves[:-1])} and {leaves[-1]} are one linear there"
+    floats = [leaf for part, leaf in zip(parts, leaves, strict=True) if part not in served.schemes]
+    kinds = {str(served.schemes[part]) for part in parts if part in served.schemes}
+    if floats:
+        problem = f"{together}, and of it {' and '.join(floats)} would be float"
+        yield RUNTIMES, "refuse", problem, "quantize or --skip all of them"
+    elif len(kinds) > 1:
+        problem = f"{together}, and have {' and '.join(sorted(kinds))}"
+        yield RUNTIMES, "refuse", problem, "give them one scheme, by a --rule that matches all"
+    known = [served.g_idx[part] for part in parts if part in served.g_idx]
+    if known and (len(known) < len(parts) or any(not torch.equal(known[0], i) for i in known)):
+        problem = f"{together}, and their columns are in different orders"
+        yield RUNTIMES, "refuse", problem, "quantize without groups in activation order"
+
+
+def _cut(part: _Part, gpus: int) -> Iterator[_Remark]:
+    """What no kernel can do without: whole rows, columns and groups for each GPU."""
+    if not part.whole:
+        total, what = (part.rows, "outputs") if part.rows % 1 else (part.columns, "inputs")
+        problem = f"its {total * gpus:.0f} {what} cannot be cut for {gpus} GPUs"
+        yield RUNTIMES, "refuse", problem, "use a number of GPUs that divides them"
+    elif part.columns % part.group:
+        size = int(part.group)
+        each = f"{part.columns:.0f} inputs" + (f" on each of {gpus} GPUs" if gpus > 1 else "")
+        fit = [g for g in fitting_group_sizes({int(part.columns)}) if g in _TILE_GROUPS]
+        smaller = f"use a group size of {fit[0]}, or " if fit else ""
+        mend = f"{smaller}--pad-intermediate {size * gpus} if it is of the intermediate size"
+        yield RUNTIMES, "refuse", f"its {each} are no multiple of group size {size}", mend
+
+
+def _untiled(part: _Part) -> str:
+    """Why Marlin does not take it."""
+    if part.scheme.group_size not in _TILE_GROUPS:
+        return f"group size {part.scheme.group_size}, where fast kernels know 32, 64 and 128"
+    if part.rows % _TILE_ROWS:
+        return f"{part.rows:.0f} outputs, no multiple of {_TILE_ROWS}"
+    return f"{part.columns:.0f} inputs, no multiple of {_TILE_COLUMNS}"
+
+
+_SLOWER = "expect a slower kernel"
+_FLOAT = "keep it float by --skip"
+_FLOAT16 = "serve with --dtype float16"
+
+
+def _awq(part: _Part, served: Served, _gpus: int) -> Iterator[_Remark]:
+    if part.scheme.group_size == -1:
+        problem = "group size -1 is taken as it stands there"
+        yield ("sglang",), "refuse", problem, "use w4g128, or --format compressed-tensors"
+    if part.rows % _PACKED_ROWS:
+        problem = f"{part.rows:.0f} outputs, no multiple of {_PACKED_ROWS}"
+        yield RUNTIMES, "refuse", problem, _FLOAT
+    elif part.tiles and served.dtype == "bfloat16":
+        yield RUNTIMES, "warn", "its scales are rounded to bfloat16", _FLOAT16
+    elif not part.tiles and served.dtype == "bfloat16":
+        yield RUNTIMES, "refuse", f"{_untiled(part)}; what is left has no bfloat16", _FLOAT16
+    elif not part.tiles:
+        # AutoAWQ's own kernel, which vLLM has, wants the outputs of whole groups; SGLang's copes.
+        taken = not (part.rows % _TILE_ROWS or part.group % _GEMM_GROUP or part.rows % part.group)
+        mend = _FLOAT if part.rows % _TILE_ROWS else "use w4g64 or w4g32"
+        if taken:
+            yield RUNTIMES, "warn", _untiled(part), _SLOWER
+        else:
+            yield ("vllm",), "refuse", _untiled(part), mend
+            if part.scheme.group_size != -1:
+                yield ("sglang",), "warn", _untiled(part), _SLOWER
+
+
+def _gptq(part: _Part, served: Served, gpus: int) -> Iterator[_Remark]:
+    scheme = part.scheme
+    if scheme.bits not in (2, 3, 4, 8):
+        yield RUNTIMES, "refuse", f"{scheme.bits} bits, where GPTQ has 2, 3, 4 and 8", "use 4"
+        return
+    if not scheme.sym:
+        problem = "asymmetric GPTQ needs a build that knows gptq_v2 (vllm#26092)"
+        yield RUNTIMES, "warn", problem, f"use {scheme}-sym, or --format awq"
+    if served.act_order and part.inputs_cut and gpus > 1:
+        severity = "warn" if scheme.sym else "refuse"
+        problem = f"groups in activation order, cut for {gpus} GPUs (vllm#7374, #14211)"
+        yield RUNTIMES, severity, problem, "quantize with groups in column order"
+    if scheme.sym and scheme.bits in (4, 8) and part.tiles:
+        return
+    if served.dtype == "bfloat16":
+        yield RUNTIMES, "refuse", "the kernel for it has no bfloat16", _FLOAT16
+    elif scheme.sym and scheme.bits in (4, 8):
+        yield RUNTIMES, "warn", _untiled(part), _SLOWER
+    elif scheme.sym:
+        yield RUNTIMES, "warn", f"{scheme.bits} bits, which fast kernels do not have", "use 4 or 8"
+
+
+def _compressed_tensors(part: _Part, served: Served, _gpus: int) -> Iterator[_Remark]:
+    scheme = part.scheme
+    bits = f"{scheme.bits} bits"
+    if scheme.sym and scheme.bits not in (4, 8):
+        yield ("vllm",), "warn", f"{bits}, which only builds with Humming kernels have", "use 4"
+        yield ("sglang",), "refuse", f"{bits}, where 4 and 8 are read", "use 4"
+    elif not scheme.sym and scheme.bits != 4:
+        mend = f"use {scheme}-sym" if scheme.bits == 8 else "use 4"
+        yield RUNTIMES, "refuse", f"{bits} asymmetric, where only 4 are read", mend
+    elif not part.tiles:
+        # vLLM has another kernel, without zeros and for float16; SGLang has this one only.
+        taken = scheme.sym and scheme.group_size != -1 and served.dtype != "bfloat16"
+        if taken:
+            yield ("vllm",), "warn", _untiled(part), _SLOWER
+        mend = "use --format awq" if scheme.bits == 4 else _FLOAT
+        yield ("sglang",) if taken else RUNTIMES, "refuse", _untiled(part), mend
+
+
+def _skipped(served: Served) -> Iterator[tuple[str, _Remark]]:
+    """What a skip list means to each runtime, where that is not what it says.
+
+    Both look for an entry anywhere in a name: vLLM in the names of the parts of a fused linear,
+    SGLang in the name of the whole. Of an empty list vLLM makes one from the headers.
+    """
+    if served.skips is None:
+        return
+    mend = "list the full names of modules, and of fused ones"
+    for runtime in RUNTIMES:
+        for name in [*served.schemes, *served.kept]:
+            seen = _fused_name(served, name) if runtime == "sglang" else name
+            entry = next((entry for entry in served.skips if entry in seen), None)
+            in_block = any(step.isdigit() for step in name.split("."))
+            inferred = runtime == "vllm" and not served.skips
+            if name in served.schemes and entry is not None:
+                problem = f"it is quantized, yet {entry!r} of the skip list is part of its name"
+                yield name, ((runtime,), "refuse", problem, mend)
+            elif name not in served.schemes and entry is None and in_block and not inferred:
+                problem = "it is float, yet nothing in the skip list says so"
+                yield name, ((runtime,), "refuse", problem, mend)
+    for name in served.kept:
+        if name.endswith(".experts"):
+            problem = "float experts in a quantized model, which some builds take for quantized"
+            mend = "try it first (vllm#32935, sglang#20439)"
+            yield name, (RUNTIMES, "warn", problem, mend)
+
+
+def _fused_name(served: Served, name: str) -> str:
+    """The name of what a runtime makes of a linear."""
+    owner, _, leaf = name.rpartition(".")
+    there = {*served.schemes, *served.kept}
+    for fused, parts in FUSED.items():
+        if leaf in parts and sum(f"{owner}.{part}" in there for part in parts) > 1:
+            return f"{owner}.{fused}"
+    return name
