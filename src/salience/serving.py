@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salience.scheme import Scheme, fitting_group_sizes
+from salience.scheme import Scheme
+from salience.tiles import KERNELS, RUNTIMES, Part, Remark, cut_remarks
 
-RUNTIMES = ("vllm", "sglang")
 _TITLES = {"vllm": "vLLM", "sglang": "SGLang"}
 
 # What vLLM's packed_modules_mapping and SGLang's say, of all architectures together.
@@ -38,26 +38,11 @@ FUSED = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 _INPUTS_CUT = frozenset(
-    [
-        "o_proj",
-        "out_proj",
-        "dense",
-        "c_proj",
-        "wo",
-        "down_proj",
-        "dense_4h_to_h",
-        "fc2",
-        "fc_out",
-        "w2",
-    ]
+    ("o_proj", "out_proj", "dense", "c_proj", "wo")  # of attention
+    + ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")  # of an MLP
 )
 _NOT_CUT = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"))
 _HEADS = frozenset(("k_proj", "v_proj"))
-
-_TILE_ROWS, _TILE_COLUMNS = 64, 128
-_TILE_GROUPS = frozenset((-1, 32, 64, 128))
-_GEMM_GROUP = 32  # AutoAWQ's own kernel takes multiples of it
-_PACKED_ROWS = 8  # of AutoAWQ, in a word
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,35 +93,6 @@ class Served:
     embeddings: Sequence[str] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """What one GPU has of a linear, or of several fused into one."""
-
-    name: str
-    scheme: Scheme
-    rows: float  # not whole where the number of GPUs does not divide them
-    columns: float
-    inputs_cut: bool
-
-    @property
-    def whole(self) -> bool:
-        return self.rows == int(self.rows) and self.columns == int(self.columns)
-
-    @property
-    def group(self) -> float:
-        return self.columns if self.scheme.group_size == -1 else self.scheme.group_size
-
-    @property
-    def tiles(self) -> bool:
-        """Whether the fast kernel of both runtimes, Marlin, takes its shape and groups."""
-        grouped = self.scheme.group_size in _TILE_GROUPS and not self.columns % self.group
-        return grouped and not self.rows % _TILE_ROWS and not self.columns % _TILE_COLUMNS
-
-
-# Runtimes, severity, problem, mend.
-_Remark = tuple[tuple[str, ...], str, str, str]
-
-
 def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
     """What vLLM and SGLang would mind.
 
@@ -146,13 +102,11 @@ def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
     """
     found: list[Finding] = []
 
-    def note(name: str, remarks: Iterable[_Remark]) -> None:
+    def note(name: str, remarks: Iterable[Remark]) -> None:
         for runtimes, severity, problem, mend in remarks:
             found.extend(Finding(each, name, problem, severity, mend) for each in runtimes)
 
-    kernel = {"awq": _awq, "gptq": _gptq, "compressed-tensors": _compressed_tensors}.get(
-        served.format
-    )
+    kernel = KERNELS.get(served.format)
     for name in served.embeddings:
         note(name, [(RUNTIMES, "refuse", "coded embeddings are not read", "leave them float")])
     for name, parts in _units(served).items():
@@ -161,9 +115,9 @@ def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
         if remarks or kernel is None:
             continue
         part = _part(served, name, parts, tensor_parallel)
-        note(name, _cut(part, tensor_parallel))
+        note(name, cut_remarks(part, tensor_parallel))
         if part.whole and not part.columns % part.group:
-            note(name, kernel(part, served, tensor_parallel))
+            note(name, kernel(part, tensor_parallel))
     if served.format == "bitsandbytes" and tensor_parallel > 1:
         problem = "quantized beforehand it was long not served on several GPUs (vllm#8434)"
         mend = "use pipeline parallelism, or --format awq"
@@ -252,7 +206,7 @@ def _units(served: Served) -> dict[str, list[str]]:
     return units
 
 
-def _part(served: Served, name: str, parts: list[str], gpus: int) -> _Part:
+def _part(served: Served, name: str, parts: list[str], gpus: int) -> Part:
     leaf = name.rpartition(".")[2]
     inputs_cut = leaf in _INPUTS_CUT
     rows = 0.0
@@ -263,10 +217,11 @@ def _part(served: Served, name: str, parts: list[str], gpus: int) -> _Part:
         cut = 1 if inputs_cut or leaf in _NOT_CUT else heads if copied and heads else gpus
         rows += count / cut
     columns = served.shapes[parts[0]][1] / (gpus if inputs_cut else 1)
-    return _Part(name, served.schemes[parts[0]], rows, columns, inputs_cut)
+    scheme = served.schemes[parts[0]]
+    return Part(scheme, rows, columns, inputs_cut, served.dtype, served.act_order)
 
 
-def _fused(served: Served, parts: list[str]) -> Iterator[_Remark]:
+def _fused(served: Served, parts: list[str]) -> Iterator[Remark]:
     """All parts of a fused linear have one scheme, or none of them has."""
     leaves = [part.rpartition(".")[2] for part in parts]
     together = f"{', '.join(leaves[:-1])} and {leaves[-1]} are one linear there"
@@ -284,99 +239,7 @@ def _fused(served: Served, parts: list[str]) -> Iterator[_Remark]:
         yield RUNTIMES, "refuse", problem, "quantize without groups in activation order"
 
 
-def _cut(part: _Part, gpus: int) -> Iterator[_Remark]:
-    """What no kernel can do without: whole rows, columns and groups for each GPU."""
-    if not part.whole:
-        total, what = (part.rows, "outputs") if part.rows % 1 else (part.columns, "inputs")
-        problem = f"its {total * gpus:.0f} {what} cannot be cut for {gpus} GPUs"
-        yield RUNTIMES, "refuse", problem, "use a number of GPUs that divides them"
-    elif part.columns % part.group:
-        size = int(part.group)
-        each = f"{part.columns:.0f} inputs" + (f" on each of {gpus} GPUs" if gpus > 1 else "")
-        fit = [g for g in fitting_group_sizes({int(part.columns)}) if g in _TILE_GROUPS]
-        smaller = f"use a group size of {fit[0]}, or " if fit else ""
-        mend = f"{smaller}--pad-intermediate {size * gpus} if it is of the intermediate size"
-        yield RUNTIMES, "refuse", f"its {each} are no multiple of group size {size}", mend
-
-
-def _untiled(part: _Part) -> str:
-    """Why Marlin does not take it."""
-    if part.scheme.group_size not in _TILE_GROUPS:
-        return f"group size {part.scheme.group_size}, where fast kernels know 32, 64 and 128"
-    if part.rows % _TILE_ROWS:
-        return f"{part.rows:.0f} outputs, no multiple of {_TILE_ROWS}"
-    return f"{part.columns:.0f} inputs, no multiple of {_TILE_COLUMNS}"
-
-
-_SLOWER = "expect a slower kernel"
-_FLOAT = "keep it float by --skip"
-_FLOAT16 = "serve with --dtype float16"
-
-
-def _awq(part: _Part, served: Served, _gpus: int) -> Iterator[_Remark]:
-    if part.scheme.group_size == -1:
-        problem = "group size -1 is taken as it stands there"
-        yield ("sglang",), "refuse", problem, "use w4g128, or --format compressed-tensors"
-    if part.rows % _PACKED_ROWS:
-        problem = f"{part.rows:.0f} outputs, no multiple of {_PACKED_ROWS}"
-        yield RUNTIMES, "refuse", problem, _FLOAT
-    elif part.tiles and served.dtype == "bfloat16":
-        yield RUNTIMES, "warn", "its scales are rounded to bfloat16", _FLOAT16
-    elif not part.tiles and served.dtype == "bfloat16":
-        yield RUNTIMES, "refuse", f"{_untiled(part)}; what is left has no bfloat16", _FLOAT16
-    elif not part.tiles:
-        # AutoAWQ's own kernel, which vLLM has, wants the outputs of whole groups; SGLang's copes.
-        taken = not (part.rows % _TILE_ROWS or part.group % _GEMM_GROUP or part.rows % part.group)
-        mend = _FLOAT if part.rows % _TILE_ROWS else "use w4g64 or w4g32"
-        if taken:
-            yield RUNTIMES, "warn", _untiled(part), _SLOWER
-        else:
-            yield ("vllm",), "refuse", _untiled(part), mend
-            if part.scheme.group_size != -1:
-                yield ("sglang",), "warn", _untiled(part), _SLOWER
-
-
-def _gptq(part: _Part, served: Served, gpus: int) -> Iterator[_Remark]:
-    scheme = part.scheme
-    if scheme.bits not in (2, 3, 4, 8):
-        yield RUNTIMES, "refuse", f"{scheme.bits} bits, where GPTQ has 2, 3, 4 and 8", "use 4"
-        return
-    if not scheme.sym:
-        problem = "asymmetric GPTQ needs a build that knows gptq_v2 (vllm#26092)"
-        yield RUNTIMES, "warn", problem, f"use {scheme}-sym, or --format awq"
-    if served.act_order and part.inputs_cut and gpus > 1:
-        severity = "warn" if scheme.sym else "refuse"
-        problem = f"groups in activation order, cut for {gpus} GPUs (vllm#7374, #14211)"
-        yield RUNTIMES, severity, problem, "quantize with groups in column order"
-    if scheme.sym and scheme.bits in (4, 8) and part.tiles:
-        return
-    if served.dtype == "bfloat16":
-        yield RUNTIMES, "refuse", "the kernel for it has no bfloat16", _FLOAT16
-    elif scheme.sym and scheme.bits in (4, 8):
-        yield RUNTIMES, "warn", _untiled(part), _SLOWER
-    elif scheme.sym:
-        yield RUNTIMES, "warn", f"{scheme.bits} bits, which fast kernels do not have", "use 4 or 8"
-
-
-def _compressed_tensors(part: _Part, served: Served, _gpus: int) -> Iterator[_Remark]:
-    scheme = part.scheme
-    bits = f"{scheme.bits} bits"
-    if scheme.sym and scheme.bits not in (4, 8):
-        yield ("vllm",), "warn", f"{bits}, which only builds with Humming kernels have", "use 4"
-        yield ("sglang",), "refuse", f"{bits}, where 4 and 8 are read", "use 4"
-    elif not scheme.sym and scheme.bits != 4:
-        mend = f"use {scheme}-sym" if scheme.bits == 8 else "use 4"
-        yield RUNTIMES, "refuse", f"{bits} asymmetric, where only 4 are read", mend
-    elif not part.tiles:
-        # vLLM has another kernel, without zeros and for float16; SGLang has this one only.
-        taken = scheme.sym and scheme.group_size != -1 and served.dtype != "bfloat16"
-        if taken:
-            yield ("vllm",), "warn", _untiled(part), _SLOWER
-        mend = "use --format awq" if scheme.bits == 4 else _FLOAT
-        yield ("sglang",) if taken else RUNTIMES, "refuse", _untiled(part), mend
-
-
-def _skipped(served: Served) -> Iterator[tuple[str, _Remark]]:
+def _skipped(served: Served) -> Iterator[tuple[str, Remark]]:
     """What a skip list means to each runtime, where that is not what it says.
 
     Both look for an entry anywhere in a name: vLLM in the names of the parts of a fused linear,
