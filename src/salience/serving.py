@@ -38,9 +38,9 @@ FUSED = {
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
 _INPUTS_CUT = frozenset(
-    ("o_proj", "out_proj", "dense", "c_proj", "wo")  # of attention
-    + ("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2")  # of an MLP
+    "o_proj out_proj dense c_proj wo down_proj dense_4h_to_h fc2 fc_out w2".split()  # noqa: SIM905
 )
+_NOT_READ = frozenset(("awq-gemv", "awq-gemv-fast", "llm-awq"))
 _NOT_CUT = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"))
 _HEADS = frozenset(("k_proj", "v_proj"))
 
@@ -106,6 +106,9 @@ def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
         for runtimes, severity, problem, mend in remarks:
             found.extend(Finding(each, name, problem, severity, mend) for each in runtimes)
 
+    if served.format in _NOT_READ:
+        problem, mend = f"{served.format} is not read there", "salience convert it to awq"
+        note(next(iter(served.schemes)), [(RUNTIMES, "refuse", problem, mend)])
     kernel = KERNELS.get(served.format)
     for name in served.embeddings:
         note(name, [(RUNTIMES, "refuse", "coded embeddings are not read", "leave them float")])

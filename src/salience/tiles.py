@@ -20,6 +20,7 @@ _PACKED_ROWS = 8  # of AutoAWQ, in a word
 
 _SLOWER = "expect a slower kernel"
 _FLOAT = "keep it float by --skip"
+_IN_ORDER = "quantize with groups in column order"
 _FLOAT16 = "serve with --dtype float16"
 
 
@@ -123,10 +124,7 @@ def _gptq(part: Part, gpus: int) -> Iterator[Remark]:
     if not scheme.sym:
         problem = "asymmetric GPTQ needs a build that knows gptq_v2 (vllm#26092)"
         yield RUNTIMES, "warn", problem, f"use {scheme}-sym, or --format awq"
-    if part.act_order and part.inputs_cut and gpus > 1:
-        severity = "warn" if scheme.sym else "refuse"
-        problem = f"groups in activation order, cut for {gpus} GPUs (vllm#7374, #14211)"
-        yield RUNTIMES, severity, problem, "quantize with groups in column order"
+    yield from _ordered(part, gpus)
     if scheme.sym and scheme.bits in (4, 8) and part.tiles:
         return
     if part.dtype == "bfloat16":
@@ -137,9 +135,21 @@ def _gptq(part: Part, gpus: int) -> Iterator[Remark]:
         yield RUNTIMES, "warn", f"{scheme.bits} bits, which fast kernels do not have", "use 4 or 8"
 
 
-def _compressed_tensors(part: Part, _gpus: int) -> Iterator[Remark]:
+def _ordered(part: Part, gpus: int) -> Iterator[Remark]:
+    """Groups in activation order of which no GPU has a whole one."""
+    if part.act_order and part.inputs_cut and gpus > 1:
+        severity = "warn" if part.scheme.sym else "refuse"
+        problem = f"groups in activation order, cut for {gpus} GPUs (vllm#7374, #14211)"
+        yield RUNTIMES, severity, problem, _IN_ORDER
+
+
+def _compressed_tensors(part: Part, gpus: int) -> Iterator[Remark]:
     scheme = part.scheme
     bits = f"{scheme.bits} bits"
+    if part.act_order:
+        problem = "groups in activation order, which new builds drop (vllm#48148)"
+        yield RUNTIMES, "warn", problem, _IN_ORDER
+    yield from _ordered(part, gpus)
     if scheme.sym and scheme.bits not in (4, 8):
         yield ("vllm",), "warn", f"{bits}, which only builds with Humming kernels have", "use 4"
         yield ("sglang",), "refuse", f"{bits}, where 4 and 8 are read", "use 4"
