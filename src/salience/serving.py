@@ -37,9 +37,8 @@ FUSED = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
 }
-_INPUTS_CUT = frozenset(
-    "o_proj out_proj dense c_proj wo down_proj dense_4h_to_h fc2 fc_out w2".split()  # noqa: SIM905
-)
+_INNER = frozenset(("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2"))  # read an MLP's width
+_INPUTS_CUT = _INNER | frozenset(("o_proj", "out_proj", "dense", "c_proj", "wo"))
 _NOT_READ = frozenset(("awq-gemv", "awq-gemv-fast", "llm-awq"))
 _NOT_CUT = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"))
 _HEADS = frozenset(("k_proj", "v_proj"))
@@ -221,7 +220,8 @@ def _part(served: Served, name: str, parts: list[str], gpus: int) -> Part:
         rows += count / cut
     columns = served.shapes[parts[0]][1] / (gpus if inputs_cut else 1)
     scheme = served.schemes[parts[0]]
-    return Part(scheme, rows, columns, inputs_cut, served.dtype, served.act_order)
+    inner = leaf in _INNER
+    return Part(scheme, rows, columns, inputs_cut, inner, served.dtype, served.act_order)
 
 
 def _fused(served: Served, parts: list[str]) -> Iterator[Remark]:

@@ -33,6 +33,7 @@ class Part:
         rows: outputs; not whole where the number of GPUs does not divide them.
         columns: inputs, likewise.
         inputs_cut: whether it is the inputs that GPUs share out.
+        inner: whether the inputs are an MLP's inner channels.
         dtype: of scales and activations, "float16" or "bfloat16".
         act_order: whether groups are in activation order.
     """
@@ -41,6 +42,7 @@ class Part:
     rows: float
     columns: float
     inputs_cut: bool
+    inner: bool
     dtype: str
     act_order: bool
 
@@ -73,8 +75,9 @@ def cut_remarks(part: Part, gpus: int) -> Iterator[Remark]:
         size = int(part.group)
         each = f"{part.columns:.0f} inputs" + (f" on each of {gpus} GPUs" if gpus > 1 else "")
         fit = [g for g in fitting_group_sizes({int(part.columns)}) if g in _TILE_GROUPS]
-        smaller = f"use a group size of {fit[0]}, or " if fit else ""
-        mend = f"{smaller}--pad-intermediate {size * gpus} if it is of the intermediate size"
+        mends = [f"a group size of {fit[0]}"] if fit else []
+        mends += [f"--pad-intermediate {size * gpus}"] if part.inner else []
+        mend = f"use {' or '.join(mends or ['fewer GPUs'])}"
         yield RUNTIMES, "refuse", f"its {each} are no multiple of group size {size}", mend
 
 
