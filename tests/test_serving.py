@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 import salience
 from helpers_checkpoint import config_of, refuse
@@ -236,8 +237,11 @@ def test_a_rejection_is_of_both_runtimes() -> None:
 
 
 def hf_skips(entries: list[str], name: str) -> bool:
-    """Transformers: a pattern from the start of a name to the end of a step, or the name's end."""
-    return any(re.match(rf"{e}\.|{e}$", name) or name.endswith(e) for e in entries)
+    """Transformers: a pattern from the start of a name to where a step ends, or the name's end."""
+    ends = r"(?:(?=\.)|(?<=\.)|$)"
+    found = any(re.match(f"(?:{e}){ends}", name) or name.endswith(e) for e in entries)
+    assert found != should_convert_module(name, entries)
+    return found
 
 
 def vllm_skips(entries: list[str], name: str) -> bool | None:
