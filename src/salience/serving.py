@@ -162,12 +162,19 @@ def with_fused(names: Iterable[str]) -> list[str]:
 
 def rejection(found: Sequence[Finding]) -> str | None:
     """Why neither runtime would serve it, in one line; None if at least one would."""
-    first = {each.runtime: each for each in reversed(found) if each.severity == "refuse"}
-    if len(first) < len(RUNTIMES):
+    of = {
+        name: {
+            (f.linear, f.problem): f for f in found if f.runtime == name and f.severity == "refuse"
+        }
+        for name in RUNTIMES
+    }
+    if not all(of.values()):
         return None
-    one = first[RUNTIMES[0]]
-    both = "vLLM and SGLang" if _alike(one, first[RUNTIMES[1]]) else "vLLM"
-    return f"{both} would refuse {one.linear}: {one.problem}; {one.mend}"
+    mine, others = (of[name] for name in RUNTIMES)
+    both = [each for what, each in mine.items() if what in others]
+    one = (both or list(mine.values()))[0]
+    who = " and ".join(_TITLES[name] for name in (RUNTIMES if both else RUNTIMES[:1]))
+    return f"{who} would refuse {one.linear}: {one.problem}; {one.mend}"
 
 
 def summary(found: Sequence[Finding]) -> list[str]:
@@ -186,10 +193,6 @@ def summary(found: Sequence[Finding]) -> list[str]:
         verb = "would refuse" if severity == "refuse" else "would take"
         lines.append(f"{' and '.join(runtimes)} {verb} {where}: {problem}; {mend}")
     return lines
-
-
-def _alike(a: Finding, b: Finding) -> bool:
-    return (a.linear, a.problem) == (b.linear, b.problem)
 
 
 def _units(served: Served) -> dict[str, list[str]]:
