@@ -150,9 +150,9 @@ def quantize(
         if save_search is not None and each.codebook is not None:
             raise SalienceError(f"--save-search has nothing to save of --scheme {each}: no search")
     check_schemes(skeleton, schemes, job.fmt)
-    minded = _findings(job, tensor_parallel)
     if save_search is not None and not is_published(target):
         check_file(Path(save_search), target)
+    minded = _findings(job, tensor_parallel)
     text = (calibration or Calibration()) if chosen.reads_text else None
     budget = choose_budget(source, skeleton, schemes, text, chosen, place, max_memory)
     if not is_published(target):
@@ -169,11 +169,13 @@ def quantize(
         calibration=text.describe() if text else None,
         device=str(place),
         versions=versions(),
-        options=recipe.describe() | ({"intermediate_size": padding} if padding else {}),
+        options=recipe.describe(),
         bits_per_weight=mean_bits(skeleton, schemes),
         kept_modules=job.kept,
         serving=[asdict(each) for each in minded],
     )
+    if padding is not None:
+        report.options["intermediate_size"] = list(padding)
     options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": format}
     options |= {"--from-search": str(from_search), "--save-search": str(save_search)}
     options |= {"--trust-remote-code": trust_remote_code, "--pad-intermediate": pad_intermediate}
