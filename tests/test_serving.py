@@ -83,6 +83,7 @@ def verdicts(found: list[Finding]) -> tuple[str, str]:
         ("gptq", "w3g128-sym", {"dtype": "bfloat16"}, ("refuse", "refuse")),
         ("bitsandbytes", "nf4", {}, ("yes", "yes")),
         ("awq-gemv", "w4g128", {}, ("refuse", "refuse")),
+        ("gguf", "w3g16", {}, ("yes", "yes")),
     ],
 )
 def test_schemes(format: str, scheme: str, more: dict[str, Any], expected: tuple[str, str]) -> None:
@@ -442,7 +443,7 @@ def tables() -> str:
         ("awq, w4g64", "awq", "w4g64"),
         ("compressed-tensors, w4g64", "compressed-tensors", "w4g64"),
     ):
-        head = "| vLLM / SGLang, on | " + " | ".join(f"{n} GPUs" for n in (1, 2, 4, 8)) + " |"
+        head = "| vLLM / SGLang, on | 1 GPU | 2 GPUs | 4 GPUs | 8 GPUs |"
         lines += ["", f"**{title}**", "", head, "|---|---|---|---|---|"]
         for name, shapes, kv_heads in MODELS:
             cells = []

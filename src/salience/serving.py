@@ -39,6 +39,7 @@ FUSED = {
 }
 _INNER = frozenset(("down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2"))  # read an MLP's width
 _INPUTS_CUT = _INNER | frozenset(("o_proj", "out_proj", "dense", "c_proj", "wo"))
+_FORMATS = frozenset((*KERNELS, "bitsandbytes"))
 _NOT_READ = frozenset(("awq-gemv", "awq-gemv-fast", "llm-awq"))
 _NOT_CUT = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "fused_qkv_a_proj"))
 _HEADS = frozenset(("k_proj", "v_proj"))
@@ -93,7 +94,7 @@ class Served:
 
 
 def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
-    """What vLLM and SGLang would mind.
+    """What vLLM and SGLang would mind; nothing of formats that are made for other runtimes.
 
     Args:
         served: the checkpoint.
@@ -108,6 +109,8 @@ def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
     if served.format in _NOT_READ:
         problem, mend = f"{served.format} is not read there", "salience convert it to awq"
         note(next(iter(served.schemes)), [(RUNTIMES, "refuse", problem, mend)])
+    if served.format not in _FORMATS:
+        return found
     kernel = KERNELS.get(served.format)
     for name in served.embeddings:
         note(name, [(RUNTIMES, "refuse", "coded embeddings are not read", "leave them float")])
@@ -187,9 +190,8 @@ def summary(found: Sequence[Finding]) -> list[str]:
         runtimes = [_TITLES[name] for name in RUNTIMES if any(f.runtime == name for f in alike)]
         names = list(dict.fromkeys(f.linear for f in alike))
         kinds = list(dict.fromkeys(re.sub(r"\.\d+\b", ".*", name) for name in names))
-        where = ", ".join(kinds[:4]) + (", ..." if len(kinds) > 4 else "")
-        where = where if len(names) == 1 else f"{len(names)} linears ({where})"
-        where = names[0] if len(names) == 1 else where
+        some = ", ".join(kinds[:4]) + (", ..." if len(kinds) > 4 else "")
+        where = names[0] if len(names) == 1 else f"{len(names)} linears ({some})"
         verb = "would refuse" if severity == "refuse" else "would take"
         lines.append(f"{' and '.join(runtimes)} {verb} {where}: {problem}; {mend}")
     return lines
