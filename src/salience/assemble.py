@@ -4,8 +4,7 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
-from salience.checkpoint import read_json
-from salience.conversion import stored_owner, stored_tensors
+from salience.conversion import stored_tensors
 from salience.engine import to_half
 from salience.job import Job
 from salience.journal import Journal
@@ -73,19 +72,13 @@ def _pieces(job: Job) -> int:
 
 
 def _config(job: Job) -> dict[str, Any]:
-    if job.source.is_gguf:
-        config = job.source.config.to_diff_dict()
-        config.pop("_name_or_path", None)
-    else:
-        config = read_json(job.source.path / "config.json")
+    config = job.source.config_values()
     config.setdefault("architectures", [type(job.skeleton).__name__])
     config.pop("torch_dtype", None)
     config["dtype"] = "float16"
     if any(job.is_tied(name) for name in job.outside):
         config["tie_word_embeddings"] = False  # the head has codes of its own now
-    # Under the names of the model's modules, and under those other runtimes may go by.
-    floats = [*job.kept, *(stored_owner(job.weights, name) for name in job.kept)]
     config["quantization_config"] = job.fmt.config(
-        job.schemes, list(dict.fromkeys(floats)), job.outside, job.method.act_order
+        job.schemes, job.float_names, job.outside, job.method.act_order
     )
     return config

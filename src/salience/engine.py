@@ -121,7 +121,7 @@ class _Engine:
     def _record(self, first: int) -> None:
         """Run what comes before the blocks, and the blocks that are done."""
         job = self._job
-        with _embeddings(job):
+        with embeddings_loaded(job):
             generator = torch.Generator().manual_seed(0)
             vocabulary = job.skeleton.get_input_embeddings().weight.shape[0]
             random = torch.randint(vocabulary, PROBE_SHAPE, generator=generator)
@@ -337,7 +337,7 @@ class _Engine:
                 if not isinstance(job.skeleton.get_submodule(name), nn.Embedding)
             }
             tokens = self._tokens[: len(hidden.get(0))].to(job.device)
-            with job.phase("statistics"), _embeddings(job), fast_matmul():
+            with job.phase("statistics"), embeddings_loaded(job), fast_matmul():
                 for part in range(hidden.parts):
                     run_tail(job.skeleton, job.blocks, tokens, hidden.get(part), _adder(moments))
         if job.search is not None:
@@ -372,7 +372,7 @@ class _Outside(nn.Module):
 
 
 @contextmanager
-def _embeddings(job: Job) -> Iterator[None]:
+def embeddings_loaded(job: Job) -> Iterator[None]:
     """The model with the weights of all that is in no block, but for an untied head."""
     model = job.skeleton
     head = model.get_output_embeddings()

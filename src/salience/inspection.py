@@ -1,10 +1,15 @@
 """What is in a checkpoint: its format, the scheme of each linear, what stayed float, its size."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from salience.formats import detect_format, stored_config
+from salience.modules import embeddings
+from salience.modules import kept as stay_float
+from salience.scheme import Scheme
+from salience.serving import Finding, Served, findings, kv_heads, skip_list
 from salience.source import Source
 from salience.structure import codable, linears, weight_of
 
@@ -30,6 +35,7 @@ class Inspection:
         bytes: of all tensors on disk.
         modules: the quantized linears; for a dense checkpoint or a GGUF file, all.
         kept: linears that stayed float beside quantized ones.
+        serving: what vLLM and SGLang would mind.
     """
 
     format: str
@@ -38,10 +44,15 @@ class Inspection:
     bytes: int
     modules: list[Module]
     kept: list[str]
+    serving: list[Finding] = field(default_factory=list)
 
 
-def inspect(source: Source) -> Inspection:
-    """Look at the config and the tensor headers; no weights are read.
+def inspect(source: Source, tensor_parallel: int = 1) -> Inspection:
+    """Look at the config and the tensor headers; of the weights only an order of columns is read.
+
+    Args:
+        source: the checkpoint.
+        tensor_parallel: GPUs that would serve it.
 
     Raises:
         SalienceError: a checkpoint that cannot be read.
@@ -55,19 +66,43 @@ def inspect(source: Source) -> Inspection:
     fmt = detect_format(config)
     stored = source.weights(model)
     modules, kept, bits, count = [], [], 0, 0
+    schemes, orders = {}, {}
     for name, linear in codable(model).items():
         rows, columns = weight_of(linear).shape
         parts = [f"{name}.{part}" for part in fmt.tensors if f"{name}.{part}" in stored.names()]
         if f"{name}.{fmt.marker}" not in parts:
             kept += [] if isinstance(linear, nn.Embedding) else [name]
             continue
-        scheme = str(fmt.scheme(config, name))
-        modules.append(Module(name, columns, rows, scheme))
+        schemes[name] = fmt.scheme(config, name)
+        modules.append(Module(name, columns, rows, str(schemes[name])))
+        for part in parts:
+            if part.endswith("g_idx"):
+                orders[name] = stored.tensor(part)
         bits += 8 * sum(stored.nbytes(part) for part in parts)
         count += rows * columns
-    schemes = {module.scheme for module in modules}
-    only = schemes.pop() if len(schemes) == 1 else None
-    return Inspection(fmt.name, only, bits / max(count, 1), total, modules, kept)
+    kinds = {module.scheme for module in modules}
+    only = kinds.pop() if len(kinds) == 1 else None
+    moved = {name: order for name, order in orders.items() if not _in_order(order, schemes[name])}
+    served = Served(
+        format=fmt.name,
+        schemes=schemes,
+        shapes={module.name: (module.out_features, module.in_features) for module in modules},
+        kept=[*kept, *(name for name in stay_float(model) if name not in {*kept, *schemes})],
+        skips=skip_list(config),
+        dtype=str(getattr(source.config, "dtype", "float16")).removeprefix("torch."),
+        kv_heads=kv_heads(source.config),
+        act_order=bool(moved),
+        g_idx=moved,
+        embeddings=[name for name in embeddings(model) if name in schemes],
+    )
+    minded = findings(served, tensor_parallel)
+    return Inspection(fmt.name, only, bits / max(count, 1), total, modules, kept, minded)
+
+
+def _in_order(g_idx: Tensor, scheme: Scheme) -> bool:
+    """Whether groups lie beside each other, or are not named at all (-1)."""
+    plain = torch.arange(len(g_idx)) // scheme.group_columns(len(g_idx))
+    return bool((g_idx == -1).any()) or torch.equal(g_idx.long(), plain)
 
 
 def _dense(source: Source, model: nn.Module, total: int) -> Inspection:

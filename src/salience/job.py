@@ -11,14 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from salience.checkpoint import Checkpoint
+from salience.conversion import stored_owner
 from salience.errors import SalienceError
 from salience.formats import Format
 from salience.loading import read_tensor, set_tensor
 from salience.methods import Method
+from salience.modules import embeddings
 from salience.recipe import Recipe
 from salience.report import BlockReport, versions
 from salience.scheme import Scheme
 from salience.search import Search
+from salience.serving import Served, kv_heads, skip_list
 from salience.source import Source
 from salience.structure import kept, linears, weight_of
 
@@ -80,6 +83,28 @@ class Job:
         left = [name for name in linears(self.skeleton) if name not in self.schemes]
         return list(
             dict.fromkeys([*left, *(n for n in kept(self.skeleton) if n not in self.schemes)])
+        )
+
+    @property
+    def float_names(self) -> list[str]:
+        """`kept`, by the names of the model's modules and by those other runtimes may go by."""
+        stored = [stored_owner(self.weights, name) for name in self.kept]
+        return list(dict.fromkeys([*self.kept, *stored]))
+
+    @property
+    def served(self) -> Served:
+        """The checkpoint that will be, as other runtimes see it."""
+        act_order = self.method.act_order
+        config = self.fmt.config(self.schemes, self.float_names, self.outside, act_order)
+        return Served(
+            format=self.fmt.name,
+            schemes=self.schemes,
+            shapes={name: self.weight_shape(name) for name in self.schemes},
+            kept=self.kept,
+            skips=skip_list(config),
+            kv_heads=kv_heads(self.source.config),
+            embeddings=[name for name in embeddings(self.skeleton) if name in self.schemes],
+            act_order=act_order,
         )
 
     def weight_shape(self, name: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ beside the output, so that after a kill the same command goes on from there.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.loading import read_tensor, resolve_device
 from salience.machine import peak_rss_bytes
 from salience.methods import check_method, default_format, default_scheme, get_method
+from salience.padding import pad
 from salience.plan import (
     check_act_order,
     check_schemes,
@@ -40,6 +42,7 @@ from salience.recipe import Recipe
 from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
+from salience.serving import Finding, findings, rejection, summary
 from salience.source import open_source
 from salience.structure import codable, find_blocks, kept
 from salience.writer import check_disk, check_file
@@ -62,9 +65,12 @@ def quantize(
     max_memory: int | None = None,
     save_search: str | Path | None = None,
     from_search: str | Path | None = None,
+    tensor_parallel: int | None = None,
+    pad_intermediate: int | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> Report:
     """Quantize a model into a new checkpoint folder.
 
@@ -90,9 +96,14 @@ def quantize(
         save_search: also write the scales and grids found to this file.
         from_search: take scales and grids from such a file instead of searching; what is None
             above is then what the search was made with.
+        tensor_parallel: GPUs that will serve it; what neither vLLM nor SGLang would serve on that
+            many is refused. None is one, and refuses nothing.
+        pad_intermediate: widen the inner width of the MLPs to a multiple of this, by zeros that
+            change nothing.
         trust_remote_code: let the model's own Python code run.
         progress: called with (phase, done, total).
         on_block: called with the report of each block when it is done.
+        on_warning: called, before the work, with each line on what vLLM or SGLang would mind.
 
     Returns:
         The report, which is also in the folder.
@@ -118,6 +129,9 @@ def quantize(
     format = default_format(method) if format is None else format
     place = resolve_device(device)
     source = open_source(model, trust_remote_code)
+    padding = None
+    if pad_intermediate is not None:
+        source, padding = pad(source, pad_intermediate, place)
     skeleton = source.skeleton()
     prefix, blocks = find_blocks(skeleton)
     rest = tuple((pattern, _scheme(each)) for pattern, each in rules)
@@ -154,6 +168,7 @@ def quantize(
     check_act_order(chosen, job.fmt)
     if save_search is not None and not is_published(target):
         check_file(Path(save_search), target)
+    minded = _findings(job, tensor_parallel)
     text = (calibration or Calibration()) if chosen.reads_text else None
     budget = choose_budget(source, skeleton, schemes, text, chosen, place, max_memory)
     if not is_published(target):
@@ -173,16 +188,22 @@ def quantize(
         options=recipe.describe() | ({"act_order": True} if act_order else {}),
         bits_per_weight=mean_bits(skeleton, schemes),
         kept_modules=job.kept,
+        serving=[asdict(each) for each in minded],
     )
+    if padding is not None:
+        report.options["intermediate_size"] = list(padding)
     options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": format}
     options |= {"--act-order": act_order}
     options |= {"--from-search": str(from_search), "--save-search": str(save_search)}
-    options |= {"--trust-remote-code": trust_remote_code}
+    options |= {"--trust-remote-code": trust_remote_code, "--pad-intermediate": pad_intermediate}
+    options |= {"--tensor-parallel": tensor_parallel}
     if text is not None:
         options |= {"--calibration": text.text, "--samples": text.samples}
         options |= {"--seqlen": text.seqlen, "--seed": text.seed}
     with Journal(target, identity(job, recipe, options, tokens)) as journal, torch.no_grad():
         if not journal.finished:
+            for line in summary(minded):
+                (on_warning or (lambda _line: None))(line)
             _fill_buffers(job)
             run_blocks(job, tokens, journal, budget.on_disk, budget.is_close)
             with job.phase("write"):
@@ -197,6 +218,21 @@ def quantize(
                 assemble(job, journal, report)
         journal.publish(None if save_search is None else Path(save_search))
     return read_report(target)
+
+
+def _findings(job: Job, tensor_parallel: int | None) -> list[Finding]:
+    """What vLLM and SGLang would mind.
+
+    Raises:
+        SalienceError: neither would serve it on the GPUs asked for.
+    """
+    if tensor_parallel is not None and tensor_parallel < 1:
+        raise SalienceError(f"--tensor-parallel is {tensor_parallel}; use 1 or more")
+    found = findings(job.served, tensor_parallel or 1)
+    refusal = rejection(found) if tensor_parallel is not None else None
+    if refusal is not None:
+        raise SalienceError(f"{refusal} (without --tensor-parallel it is a warning)")
+    return found
 
 
 def _scheme(scheme: Scheme | str) -> Scheme:

@@ -68,7 +68,10 @@ class BlockReport:
 
 @dataclass(slots=True)
 class Report:
-    """The whole run: what went in, what was found in each linear, what it cost."""
+    """The whole run: what went in, what was found in each linear, what it cost.
+
+    `serving` is what vLLM and SGLang would mind of it (`salience.serving.Finding`).
+    """
 
     model: str
     out: str
@@ -88,6 +91,7 @@ class Report:
     error_rtn: float = 0.0
     error: float = 0.0
     kept_modules: list[str] = field(default_factory=list)
+    serving: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
     linears: list[LinearReport] = field(default_factory=list)

@@ -84,6 +84,14 @@ class Source:
             found[file.name] = f"{status.st_size} bytes of {status.st_mtime_ns}"
         return found
 
+    def config_values(self) -> dict[str, Any]:
+        """The config as JSON: a folder's own, a GGUF file's as Transformers made it."""
+        if not self.is_gguf:
+            return read_json(self.path / "config.json")
+        values: dict[str, Any] = self.config.to_diff_dict()
+        values.pop("_name_or_path", None)
+        return values
+
     def skeleton(self, dtype: torch.dtype = torch.float32) -> Any:
         """The Transformers model in eval mode: parameters on meta, buffers computed in `dtype`.
 

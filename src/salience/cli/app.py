@@ -16,6 +16,7 @@ from salience.cli.console import (
     print_json,
     progress_bar,
     show_block,
+    show_warning,
     size,
     stderr,
     stdout,
@@ -109,6 +110,10 @@ TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+GpusOption = Annotated[
+    int | None,
+    typer.Option("--tensor-parallel", min=1, help="GPUs that vLLM or SGLang will cut it over."),
+]
 KernelOption = Annotated[
     str, typer.Option("--kernel", help="auto, reference, cpu_int4 or codebook.")
 ]
@@ -216,6 +221,15 @@ def quantize(
         Path | None,
         typer.Option("--from-search", help="Use scales and grids of this file (or llm-awq's .pt)."),
     ] = None,
+    tensor_parallel: GpusOption = None,
+    pad_intermediate: Annotated[
+        int | None,
+        typer.Option(
+            "--pad-intermediate",
+            min=1,
+            help="Widen the MLPs to a multiple of this, by zeros: group size times GPUs.",
+        ),
+    ] = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -241,6 +255,8 @@ def quantize(
             max_memory=parse_size(max_memory),
             save_search=save_search,
             from_search=from_search,
+            tensor_parallel=tensor_parallel,
+            pad_intermediate=pad_intermediate,
             trust_remote_code=trust_remote_code,
             progress=progress,
             on_block=lambda block: show_block(
@@ -251,11 +267,12 @@ def quantize(
                 block.seconds,
                 block.peak_vram_bytes or block.peak_rss_bytes,
             ),
+            on_warning=show_warning,
         )
     if json:
         keys = ["out", "method", "effort", "scheme", "format", "seconds", "phase_seconds"]
         keys += ["peak_rss_bytes", "peak_vram_bytes", "bits_per_weight", "error_rtn", "error"]
-        keys += ["kept_modules", "calibration"]
+        keys += ["kept_modules", "serving", "calibration"]
         values = asdict(report)
         quantized = [linear.name for linear in report.linears]
         print_json({key: values[key] for key in keys} | {"quantized_modules": quantized})
@@ -285,12 +302,18 @@ def _rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:
 
 
 @app.command()
-def inspect(model: Model, trust_remote_code: TrustOption = False, json: JsonOption = False) -> None:
-    """Show what is in a checkpoint: format, scheme of each linear, bits a weight, size."""
+def inspect(
+    model: Model,
+    tensor_parallel: GpusOption = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Show what is in a checkpoint, and what vLLM and SGLang would mind of it."""
     from salience.inspection import inspect as look
+    from salience.serving import summary
     from salience.source import open_source
 
-    result = look(open_source(model, trust_remote_code))
+    result = look(open_source(model, trust_remote_code), tensor_parallel or 1)
     if json:
         print_json(asdict(result))
         return
@@ -304,6 +327,8 @@ def inspect(model: Model, trust_remote_code: TrustOption = False, json: JsonOpti
     stdout.print(table)
     if result.kept:
         stdout.print(f"kept float: {', '.join(result.kept)}")
+    for line in summary(result.serving):
+        stdout.print(escape(line))
 
 
 @app.command(name="eval")

@@ -48,6 +48,11 @@ def show_block(
         )
 
 
+def show_warning(line: str) -> None:
+    """A line on stderr that is no error."""
+    stderr.print(escape(f"warning: {line}"))
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, ensure_ascii=False))

@@ -23,6 +23,7 @@ from salience.formats._awq import BITS, config_scheme, matrix, need, variant
 from salience.packing import deinterleave_awq, interleave_awq, pack, unpack
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
+from salience.serving import with_fused
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ class AutoAwq:
     ) -> dict[str, Any]:
         # Readers keep the head float by themselves and differ in how they match other names; full
         # paths mean the same to all of them.
-        skipped = [name for name in kept if name != "lm_head"]
+        skipped = [name for name in with_fused(kept) if name != "lm_head"]
         return {
             "quant_method": "awq",
             "zero_point": True,
