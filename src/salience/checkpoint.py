@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.gguf_header import check_gguf_header
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
@@ -131,10 +132,13 @@ class GgufCheckpoint:
         import gguf
 
         self.path = path
+        check_gguf_header(path)
         try:
             reader = gguf.GGUFReader(path)
             architecture = reader.get_field("general.architecture")
             self.architecture = "" if architecture is None else str(architecture.contents())
+            count = reader.get_field(f"{self.architecture}.block_count")
+            self.layers = 0 if count is None else int(count.contents())
         except (ValueError, IndexError, KeyError, OSError) as error:
             raise SalienceError(
                 f"{path} is truncated or no GGUF file ({error}); download it again"

@@ -49,6 +49,11 @@ _ASSETS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+# What configs call the number of their layers.
+_LAYER_COUNTS = frozenset(
+    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "block_count"}
+    | {"encoder_layers", "decoder_layers", "depth"}
+)
 
 
 @dataclass(frozen=True)
@@ -177,8 +182,11 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
         raise SalienceError(f"{path} has no config.json; is it a model folder?")
     # Broken files are found here, before Transformers reads them with errors of its own.
     stored = GgufCheckpoint(path) if path.is_file() else SafetensorsCheckpoint(path)
-    if path.is_dir():
+    if isinstance(stored, GgufCheckpoint):
+        _check_layers(path, {"block_count": stored.layers}, stored)
+    else:
         _check_config(path, trust_remote_code)
+        _check_layers(path / "config.json", read_json(path / "config.json"), stored)
     with _foreign_errors(str(path)):
         config = AutoConfig.from_pretrained(
             path.parent if path.is_file() else path,
@@ -209,6 +217,23 @@ def _check_config(folder: Path, trusted: bool) -> None:
         f"{folder}: Transformers {transformers.__version__} does not know the architecture "
         f"{kind!r}; a newer Transformers may"
     )
+
+
+def _check_layers(file: Path, config: object, stored: Checkpoint) -> None:
+    """Refuse a config of more layers than there are tensors: the modules of all are made first."""
+    most = len(stored.names())
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        for key, value in part.items() if isinstance(part, dict) else ():
+            parts.append(value)
+            if key in _LAYER_COUNTS and isinstance(value, int | float) and value > most:
+                raise SalienceError(
+                    f"{file} says {key} is {value}, and there are {most} tensors; "
+                    "download the checkpoint again"
+                )
 
 
 @contextmanager

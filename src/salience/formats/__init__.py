@@ -55,9 +55,16 @@ def stored_config(model_config: Any) -> dict[str, Any] | None:
     """The `quantization_config` of a Transformers config; None for a float model.
 
     Older tools call it `compression_config`, or put one inside the other.
+
+    Raises:
+        SalienceError: it is no JSON object.
     """
     for key in ("quantization_config", "compression_config"):
         config = getattr(model_config, key, None)
+        if isinstance(config, Mapping):
+            config = config.get("quantization_config") or config
+        if config and not isinstance(config, Mapping):
+            raise SalienceError(f"{key} of config.json must be an object, not {config!r}")
         if config:
-            return dict(config.get("quantization_config") or config)
+            return dict(config)
     return None

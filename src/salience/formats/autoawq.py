@@ -42,7 +42,7 @@ class AutoAwq:
     def scheme(self, config: Mapping[str, Any], name: str) -> Scheme:
         bits = config.get("bits", config.get("w_bit"))
         group_size = config.get("group_size", config.get("q_group_size"))
-        if bits != _BITS or not isinstance(group_size, int):
+        if bits != _BITS or type(group_size) is not int:  # in Python a bool is an int
             raise SalienceError(
                 f"quantization_config has bits {bits!r} and group_size {group_size!r}; "
                 "an awq checkpoint has bits 4 and a group size"
@@ -79,7 +79,7 @@ class AutoAwq:
             raise SalienceError(f"tensor {min(missing)} is missing")
         qweight, qzeros, scales = (tensors[name] for name in ("qweight", "qzeros", "scales"))
         for name, words in (("qweight", qweight), ("qzeros", qzeros)):
-            if words.dtype != torch.int32 or words.ndim != 2:
+            if words.dtype != torch.int32 or words.ndim != 2 or not words.numel():
                 raise SalienceError(
                     f"{name} must be an int32 matrix, not {words.dtype} {list(words.shape)}"
                 )

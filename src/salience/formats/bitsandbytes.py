@@ -112,7 +112,8 @@ class BitsAndBytes:
         scales = absmax.view(groups)
         if scheme.double_quant:
             inner, values = tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]
-            if inner.numel() != -(-absmax.numel() // NESTED_BLOCK) or values.numel() != 256:
+            blocks = -(-absmax.numel() // NESTED_BLOCK)
+            if (tuple(inner.shape), tuple(values.shape)) != ((blocks,), (256,)):
                 raise SalienceError("weight.nested_absmax or nested_quant_map has a wrong size")
             nested = NestedScales(scales, inner, float(state["nested_offset"]), values)
             scales = nested.dequantize()
@@ -147,9 +148,11 @@ def _swap(data: Tensor) -> Tensor:
 
 def _state(data: Tensor, scheme: Scheme) -> dict[str, Any]:
     """The JSON object among the tensors, with what is needed of it checked."""
+    if data.dtype != torch.uint8 or data.ndim != 1:
+        raise SalienceError(f"{_STATE} must be bytes, not {data.dtype} {list(data.shape)}")
     try:
         state = json.loads(bytes(data.tolist()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise SalienceError(f"{_STATE} is not readable as JSON ({error})") from None
     known: dict[str, object] = {
         "quant_type": _TABLE,
@@ -159,8 +162,9 @@ def _state(data: Tensor, scheme: Scheme) -> dict[str, Any]:
     for key, value in known.items():
         if not isinstance(state, dict) or state.get(key) != value:
             raise SalienceError(f"{_STATE} is not of {key} {value}: other ones are not read")
-    shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
-    whole = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
+    shape, offset = state.get("shape"), state.get("nested_offset")
+    offset = offset if scheme.double_quant else 0.0
+    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
     if not whole or len(shape) != 2 or not isinstance(offset, float):
         raise SalienceError(f"{_STATE} has no shape of two numbers, or no nested_offset")
     return dict(state)
