@@ -39,7 +39,11 @@ def fuzz(target: str, corpus: Path, seconds: int) -> None:
     for i, data in enumerate(fuzz_targets.seeds(target)):
         (corpus / f"seed-{i}").write_bytes(data)
     flags = [f"-max_total_time={seconds}", f"-timeout={_SLOWEST}", f"-rss_limit_mb={_RSS_MIB}"]
-    flags += [f"-artifact_prefix={corpus.parent}/{target}-", "-max_len=8192", "-print_final_stats=1"]
+    flags += [
+        f"-artifact_prefix={corpus.parent}/{target}-",
+        "-max_len=8192",
+        "-print_final_stats=1",
+    ]
     seen: set[tuple[object, ...]] = set()
 
     def once(data: bytes) -> None:
@@ -82,8 +86,12 @@ def main() -> None:
         start = time.perf_counter()
         done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
         took = time.perf_counter() - start
-        counts = [int(n) for n in re.findall(r"^(?:stat::number_of_executed_units:|#)\s*(\d+)",
-                                             done.stderr, re.MULTILINE)]
+        counts = [
+            int(n)
+            for n in re.findall(
+                r"^(?:stat::number_of_executed_units:|#)\s*(\d+)", done.stderr, re.MULTILINE
+            )
+        ]
         coverage = re.findall(r"cov: (\d+)", done.stderr)
         findings = re.findall(r"^FINDING (.*)$", done.stderr, re.MULTILINE)
         findings = [json.loads(line) for line in findings]

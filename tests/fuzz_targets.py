@@ -38,6 +38,7 @@ SCHEMES = tuple(
     Scheme.parse(text)
     for text in ("w4g32", "w4g32-sym", "w4channel", "w3g32", "w8g32-sym", "nf4", "nf4-dq")
 )
+_MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
 _MOST_ELEMENTS = 2**22  # a seed is far smaller, so that a fuzzer's input is, too
 
 
@@ -287,7 +288,7 @@ def check_error(error: SalienceError) -> None:
 
 def run(name: str, data: bytes) -> bool:
     """Run a target in an empty folder; whether it took the bytes for good ones."""
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_MEMORY_DISK) as folder:
         try:
             TARGETS[name](data, Path(folder))
         except SalienceError as error:
@@ -351,8 +352,11 @@ def llm_awq_bytes() -> bytes:
 
 
 REPORT = {
-    **{key: "x" for key in ("model", "out", "method", "effort", "scheme", "format", "device")},
-    **{"calibration": None, "versions": {"torch": "2"}, "seconds": 1.5, "kept_modules": ["a"]},
+    **dict.fromkeys(("model", "out", "method", "effort", "scheme", "format", "device"), "x"),
+    "calibration": None,
+    "versions": {"torch": "2"},
+    "seconds": 1.5,
+    "kept_modules": ["a"],
     "linears": [
         {"name": "a", "in_features": 8, "error_rtn": 0.5, "error": 0.25, "kept_rtn": False}
     ],
@@ -392,4 +396,3 @@ def start() -> None:
     for name in TARGETS:
         for data in seeds(name):
             run(name, data)
-

@@ -222,6 +222,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         SalienceError: unreadable, not JSON, or not an object.
     """
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise SalienceError(f"{path} is no file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

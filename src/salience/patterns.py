@@ -11,6 +11,7 @@ import re
 
 from salience.errors import SalienceError
 
+_LONGEST = 10_000
 _MOST_STEPS = 2 * 10**7  # of all patterns on one name: less than half a second
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?(?::|<?[=!]|P<\w+>))?|.", re.DOTALL)
 
@@ -26,8 +27,9 @@ def matching(targets: list[str], name: str) -> list[str]:
     for target in targets:
         pattern = target.removeprefix("re:")
         try:
-            steps += _ways(pattern, len(name)) * len(pattern)
-            if steps > _MOST_STEPS:
+            if len(pattern) <= _LONGEST:
+                steps += _ways(pattern, len(name)) * len(pattern)
+            if len(pattern) > _LONGEST or steps > _MOST_STEPS:
                 raise SalienceError(
                     f"quantization_config has {target!r}, which may take too long to match; "
                     "repeat no groups in it, or name the modules in full"

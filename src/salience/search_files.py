@@ -155,8 +155,10 @@ def _open_llm_awq(path: Path) -> Search:
             flat = _positive(_stored(scale, most).float().flatten(), f"the scale of {prev}")
             search.scales[block, names[0], tuple(names[1:])] = FoundScale(flat)
         for name, clip in clips:
+            if not isinstance(name, str):
+                raise ValueError("a clip has a name that is no text")
             values = _stored(clip, most).float().flatten(1)
-            if not isinstance(name, str) or not (values >= 0).all():
+            if not (values >= 0).all():
                 raise ValueError(f"the clip of {name} has values that are no magnitudes")
             search.clips[name] = values
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:

@@ -229,7 +229,8 @@ def _check_layers(file: Path, config: object, stored: Checkpoint) -> None:
             parts += part
         for key, value in part.items() if isinstance(part, dict) else ():
             parts.append(value)
-            if key in _LAYER_COUNTS and isinstance(value, int | float) and value > most:
+            counts = key in _LAYER_COUNTS and isinstance(value, int | float)
+            if counts and not 0 <= value <= most:
                 raise SalienceError(
                     f"{file} says {key} is {value}, and there are {most} tensors; "
                     "download the checkpoint again"

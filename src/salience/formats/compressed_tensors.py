@@ -110,7 +110,9 @@ class CompressedTensors:
             tensors[k] for k in ("weight_packed", "weight_scale", "weight_shape")
         )
         if tuple(shape.shape) != (2,) or shape.is_floating_point() or scales.ndim != 2:
-            raise SalienceError("weight_shape must be two integers and weight_scale a matrix")
+            raise SalienceError(
+                "weight_shape must be two numbers (integers) and weight_scale a matrix"
+            )
         rows, columns = (int(n) for n in shape)
         # Few zeros may take as many words either way; the codes of a row tell.
         dense = packed.shape[-1:] == (words(columns, scheme.bits),)
@@ -119,6 +121,8 @@ class CompressedTensors:
             zeros = torch.full_like(scales, 2 ** (scheme.bits - 1), dtype=torch.uint8)
         else:
             stored, size = tensors["weight_zero_point"], (scales.shape[1], rows)
+            if stored.ndim != 2:
+                raise SalienceError(f"weight_zero_point must be a matrix, not {list(stored.shape)}")
             zeros = _unpack("weight_zero_point", stored.T, scheme.bits, size, dense).T.contiguous()
         return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme))
 
@@ -231,5 +235,7 @@ def _g_idx(tensors: Mapping[str, Tensor], scheme: Scheme) -> Tensor | None:
         return None
     if g_idx.ndim != 1 or not len(g_idx) or g_idx.is_floating_point():
         raise SalienceError(f"weight_g_idx must be integers, not {g_idx.dtype} {list(g_idx.shape)}")
+    if ((g_idx < 0) | (g_idx >= len(g_idx))).any():  # before 32 bits are to hold them
+        raise SalienceError("weight_g_idx names groups that the weight does not have")
     in_order = torch.arange(len(g_idx), device=g_idx.device) // scheme.group_columns(len(g_idx))
     return None if torch.equal(g_idx.long(), in_order) else g_idx.int()
