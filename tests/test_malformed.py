@@ -230,6 +230,10 @@ GGUFS = {
     "alignment 2**31": header(
         ARCHITECTURE + key(4, struct.pack("<I", 2**31), b"general.alignment"), tensor([1]), (1, 2)
     ),
+    "layers that are a list": header(
+        ARCHITECTURE + key(9, struct.pack("<IQII", 4, 2, 1, 1), b"llama.block_count"),
+        counts=(0, 2),
+    ),
     "layers that are no number": header(
         ARCHITECTURE + key(8, text(b"many"), b"llama.block_count"), counts=(0, 2)
     ),

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,7 +72,6 @@ def edit_config(folder: Path, **changes: Any) -> None:
         {"rope_parameters": 7},
         {"model_type": "../llama"},
         {"model_type": {"a": 1}},
-        {"model_type": "t5"},
         {"architectures": 3, "vocab_size": 2**40},
         {"tie_word_embeddings": "maybe", "hidden_size": 65},
         {"dtype": {"a": 1}, "hidden_size": 128},
@@ -103,6 +104,44 @@ def test_layers_deep_in_a_config(model: Path, tmp_path: Path) -> None:
     folder = copied(model, tmp_path)
     edit_config(folder, vision_config=[{"inner": {"depth": 10**9}}])
     refuse(lambda: open_source(str(folder)), "config.json says depth is 1000000000")
+
+
+def gguf_llama(path: Path, rows: int = 64) -> Path:
+    """A Llama of one layer, whose q has `rows` outputs."""
+    shapes = {
+        "token_embd": (32, 64),
+        "output_norm": (64,),
+        "output": (32, 64),
+        "blk.0.attn_q": (rows, 64),
+        "blk.0.attn_k": (64, 64),
+        "blk.0.attn_v": (64, 64),
+        "blk.0.attn_output": (64, 64),
+        "blk.0.attn_norm": (64,),
+        "blk.0.ffn_norm": (64,),
+        "blk.0.ffn_gate": (96, 64),
+        "blk.0.ffn_up": (96, 64),
+        "blk.0.ffn_down": (64, 96),
+    }
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(1)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_token_list([f"t{i}" for i in range(32)])
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", numpy.ones(shape, numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_gguf_tensor_that_cannot_be_rearranged(tmp_path: Path) -> None:
+    salience.load(gguf_llama(tmp_path / "good.gguf"))
+    path = gguf_llama(tmp_path / "bad.gguf", rows=7)
+    refuse(lambda: salience.load(path), f"tensor blk.0.attn_q.weight of {path}")
 
 
 @pytest.mark.parametrize(

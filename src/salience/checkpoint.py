@@ -124,6 +124,8 @@ class SafetensorsCheckpoint:
 class GgufCheckpoint:
     """A `.gguf` file under its own tensor names; quantized blocks are dequantized by `gguf`.
 
+    `layers` is how many layers it says it has, 0 if it does not say.
+
     Raises:
         SalienceError: not a GGUF file, or a truncated one.
     """
@@ -139,7 +141,7 @@ class GgufCheckpoint:
             self.architecture = "" if architecture is None else str(architecture.contents())
             count = reader.get_field(f"{self.architecture}.block_count")
             self.layers = 0 if count is None else int(count.contents())
-        except (ValueError, IndexError, KeyError, OSError) as error:
+        except (ValueError, TypeError, IndexError, KeyError, OSError) as error:
             raise SalienceError(
                 f"{path} is truncated or no GGUF file ({error}); download it again"
             ) from None

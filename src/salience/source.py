@@ -121,11 +121,13 @@ class Source:
         if any(".ffn_gate_exps" in name or ".ffn_down_exps" in name for name in stored.names()):
             raise SalienceError(f"{self.path}: mixture-of-experts GGUF files are not supported")
         make = gguf_utils.TENSOR_PROCESSORS.get(stored.architecture, gguf_utils.TensorProcessor)
-        processor = make(config=self.config.to_dict())
-        names = gguf_utils.get_gguf_hf_weights_map(cast(Any, model), processor)
+        with _foreign_errors(str(self.path)):
+            processor = make(config=self.config.to_dict())
+            names = gguf_utils.get_gguf_hf_weights_map(cast(Any, model), processor)
 
         def convert(tensor: Tensor, name: str) -> Tensor:
-            result = processor.process(weights=tensor.numpy(), name=name)
+            with _foreign_errors(f"tensor {name} of {self.path}"):
+                result = processor.process(weights=tensor.numpy(), name=name)
             return torch.from_numpy(result.weights.copy())
 
         return RenamedCheckpoint(stored, {hf: gguf for gguf, hf in names.items()}, convert)
