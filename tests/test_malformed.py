@@ -328,6 +328,11 @@ def test_group_size_beyond_the_weight() -> None:
     refuse(lambda: fmt.read(tensors, scheme), "group size 1099511627776 does not divide")
 
 
+def test_rows_of_no_columns() -> None:
+    """A finding in GPTQ's reader, which asks for the groups of what it was given."""
+    refuse(lambda: Scheme(4, -1).groups(0), "group size 0 does not divide in_features 0")
+
+
 # Patterns.
 
 

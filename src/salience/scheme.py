@@ -101,7 +101,7 @@ class Scheme:
             SalienceError: the group size does not divide `in_features`.
         """
         size = self.group_columns(in_features)
-        if in_features % size:
+        if not size or in_features % size:  # a whole row of no columns is no group
             raise SalienceError(f"group size {size} does not divide in_features {in_features}")
         return in_features // size
 
