@@ -1,5 +1,6 @@
 """Tiny models on disk, for the tests that break them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +41,13 @@ def save_tokenizer(folder: Path) -> None:
     )
     tokenizer.train_from_iterator(["the quick brown fox", "jumps over the lazy dog"], trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+class Runs:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.path}",)

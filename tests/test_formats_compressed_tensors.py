@@ -225,7 +225,7 @@ def test_ignored() -> None:
         (config(group(), sparsity_config="x"), "sparsity_config"),
         (config(group(targets=["re:("])), "'re:\\(', which is no regular expression"),
         (config(group(), ignore=["re:*"]), "'re:\\*', which is no regular expression"),
-        (config(group(targets=[3])), "no group of quantization_config targets it"),
+        (config(group(targets=[3])), "targets and ignore .* must be lists of names"),
         (config(), "no group of quantization_config targets it"),
         (config(group(targets=["re:other"])), "no group of quantization_config targets it"),
         (config(group(), config_groups=None), "no config_groups"),

@@ -6,6 +6,7 @@ from typing import Any
 
 from salience.conversion import stored_tensors
 from salience.engine import to_half
+from salience.errors import StorageError
 from salience.job import Job
 from salience.journal import Journal
 from salience.modules import embeddings
@@ -14,12 +15,22 @@ from salience.writer import ShardWriter, disk_errors
 
 
 def collect(job: Job, journal: Journal, report: Report) -> None:
-    """Fill in a report from the records of the blocks."""
+    """Fill in a report from the records of the blocks.
+
+    Raises:
+        StorageError: one is damaged.
+    """
     for index in range(_pieces(job)):
         record = journal.record(index)
-        report.blocks.append(BlockReport(**record["block"]))
-        report.linears += [LinearReport(**linear) for linear in record["linears"]]
-        report.folds += record["folds"]
+        try:
+            report.blocks.append(BlockReport(**record["block"]))
+            report.linears += [LinearReport(**linear) for linear in record["linears"]]
+            report.folds += record["folds"]
+        except (KeyError, TypeError) as error:
+            raise StorageError(
+                f"the record of block {index} in {journal.folder} is damaged ({error}); delete "
+                "that folder to start over"
+            ) from None
     report.summarize()
 
 

@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.gguf_header import check_gguf_header
 from salience.pt_checkpoint import PtCheckpoint, pt_files
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
@@ -124,6 +125,8 @@ class SafetensorsCheckpoint:
 class GgufCheckpoint:
     """A `.gguf` file under its own tensor names; quantized blocks are dequantized by `gguf`.
 
+    `layers` is how many layers it says it has, 0 if it does not say.
+
     Raises:
         SalienceError: not a GGUF file, or a truncated one.
     """
@@ -132,11 +135,14 @@ class GgufCheckpoint:
         import gguf
 
         self.path = path
+        check_gguf_header(path)
         try:
             reader = gguf.GGUFReader(path)
             architecture = reader.get_field("general.architecture")
             self.architecture = "" if architecture is None else str(architecture.contents())
-        except (ValueError, IndexError, KeyError, OSError) as error:
+            count = reader.get_field(f"{self.architecture}.block_count")
+            self.layers = 0 if count is None else int(count.contents())
+        except (ValueError, TypeError, IndexError, KeyError, OSError) as error:
             raise SalienceError(
                 f"{path} is truncated or no GGUF file ({error}); download it again"
             ) from None
@@ -232,6 +238,8 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         SalienceError: unreadable, not JSON, or not an object.
     """
+    if not path.is_file():  # reading a pipe would wait for ever
+        raise SalienceError(f"{path} is no file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

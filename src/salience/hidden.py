@@ -14,6 +14,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from salience.errors import StorageError
 from salience.journal import Journal
 from salience.writer import disk_errors, sync
 
@@ -85,6 +86,8 @@ class HiddenStates:
         file = self._journal.hidden_file(self.index)
         with disk_errors(file):
             values = numpy.fromfile(file, numpy.float32, count, offset=4 * part * count)
+        if len(values) != count:
+            raise StorageError(f"{file} is too short; delete {file.parent} to start over")
         return torch.from_numpy(values).view(shape)
 
     def _keep(self, index: int, part: int, hidden: Tensor) -> None:

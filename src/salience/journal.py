@@ -18,13 +18,13 @@ this list, and the same command goes on from it. Another command is told what di
 
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from salience.checkpoint import read_json
@@ -186,18 +186,44 @@ class Journal:
         """Put what was found for all blocks into one file, for `publish`."""
         tensors = {}
         for index in range(blocks):
-            with safe_open(self._search(index), framework="pt") as file:
+            path = self._search(index)
+            with self._undamaged(path), safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a dict)
                     tensors[name] = file.get_tensor(name)
         write_tensors(self._search_file, tensors, info)
 
     def record(self, index: int) -> dict[str, Any]:
-        """The record of a block that is done."""
-        return read_json(self._record(index))
+        """The record of a block that is done.
 
-    def block(self, index: int) -> Any:
-        """The tensors of a block that is done, an open safetensors file."""
-        return safe_open(self._tensors(index), framework="pt")
+        Raises:
+            StorageError: damaged.
+        """
+        path = self._record(index)
+        with self._undamaged(path):
+            return read_json(path)
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[Any]:
+        """The tensors of a block that is done, an open safetensors file.
+
+        Raises:
+            StorageError: damaged.
+        """
+        path = self._tensors(index)
+        with self._undamaged(path), safe_open(path, framework="pt") as file:
+            yield file
+
+    @contextmanager
+    def _undamaged(self, path: Path) -> Iterator[None]:
+        """Say of a file that cannot be read how to go on without it."""
+        try:
+            yield
+        except (SafetensorError, SalienceError, OSError) as error:
+            if isinstance(error, StorageError):
+                raise
+            raise StorageError(
+                f"{path} is damaged ({error}); delete {self.folder} to start over"
+            ) from None
 
     def hidden_file(self, index: int) -> Path:
         """Where the hidden states that enter a block are or would be."""

@@ -162,6 +162,8 @@ def _read(
         qt = fmt.read(tensors, fmt.scheme(config, name))
     except (SalienceError, RuntimeError) as error:
         raise SalienceError(f"linear {name} of {stored.path}: {error}") from None
+    if not torch.isfinite(qt.scales).all():
+        raise SalienceError(f"linear {name} of {stored.path} has scales that are not finite")
     if (qt.out_features, qt.in_features) != shape:
         raise SalienceError(
             f"linear {name} of {stored.path} holds {[qt.out_features, qt.in_features]}, "

@@ -72,6 +72,8 @@ class QTensor:
             )
         if self.g_idx is not None and tuple(self.g_idx.shape) != (self.q.shape[1],):
             raise SalienceError(f"g_idx must be [{self.q.shape[1]}], not {_describe(self.g_idx)}")
+        if self.g_idx is not None and not ((self.g_idx >= 0) & (self.g_idx < want[1])).all():
+            raise SalienceError(f"g_idx must hold groups from 0 to {want[1] - 1}")
         if self.scheme.double_quant != (self.nested is not None):
             raise SalienceError(f"a weight of {self.scheme} has nested scales or it has none")
 

@@ -20,8 +20,8 @@ from salience.errors import SalienceError
 
 CODEBOOKS = ("nf4", "fp4")
 NESTED_BLOCK = 256  # scales that share a scale, with double quantization
-_PATTERN = re.compile(r"w([1-8])(?:g([1-9][0-9]*)|(channel))(-sym)?")
-_CODEBOOK_PATTERN = re.compile(rf"({'|'.join(CODEBOOKS)})(?:g([1-9][0-9]*))?(-dq)?")
+_PATTERN = re.compile(r"w([1-8])(?:g([1-9][0-9]{0,8})|(channel))(-sym)?")
+_CODEBOOK_PATTERN = re.compile(rf"({'|'.join(CODEBOOKS)})(?:g([1-9][0-9]{0, 8}))?(-dq)?")
 _USUAL_GROUPS = (256, 128, 64, 32, 16)
 _SCALE_BITS = 16
 _CODEBOOK_BITS = 4
@@ -106,7 +106,7 @@ class Scheme:
             SalienceError: the group size does not divide `in_features`.
         """
         size = self.group_columns(in_features)
-        if in_features % size:
+        if not size or in_features % size:  # a whole row of no columns is no group
             raise SalienceError(f"group size {size} does not divide in_features {in_features}")
         return in_features // size
 

@@ -149,22 +149,35 @@ def _open_llm_awq(path: Path) -> Search:
         raise SalienceError(f"{path} is damaged ({type(error).__name__}); fetch it again") from None
     try:
         scales, clips = content["scale"], content["clip"]
+        most = path.stat().st_size
         for prev, sinks, scale in scales:
-            block, names = _split([str(prev), *map(str, sinks)])
-            flat = _positive(scale.float().flatten(), f"the scale of {prev}")
+            block, names = _split([prev, *sinks])
+            flat = _positive(_stored(scale, most).float().flatten(), f"the scale of {prev}")
             search.scales[block, names[0], tuple(names[1:])] = FoundScale(flat)
-        for name, most in clips:
-            values = most.float().flatten(1)
+        for name, clip in clips:
+            if not isinstance(name, str):
+                raise ValueError("a clip has a name that is no text")
+            values = _stored(clip, most).float().flatten(1)
             if not (values >= 0).all():
                 raise ValueError(f"the clip of {name} has values that are no magnitudes")
-            search.clips[str(name)] = values
+            search.clips[name] = values
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise SalienceError(f"{path} is no search result of llm-awq: {error}") from None
     return search
 
 
+def _stored(tensor: Tensor, most: int) -> Tensor:
+    """A tensor that has no more values than its file has bytes: a view may repeat one for ever."""
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.numel() > most:
+        raise ValueError(f"a tensor {list(tensor.shape)} holds more than the file")
+    return tensor
+
+
 def _split(names: list[str]) -> tuple[str, list[str]]:
     """The block that modules are in, and their names in it."""
+    # Lists may hold themselves in a pickle, and are too long for a message.
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("it has a name that is no text")
     parts = names[0].split(".")
     for end in range(2, len(parts)):
         block = ".".join(parts[:end])

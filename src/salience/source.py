@@ -49,6 +49,11 @@ _ASSETS = (
     "preprocessor_config.json",
     "processor_config.json",
 )
+# What configs call the number of their layers.
+_LAYER_COUNTS = frozenset(
+    {"num_hidden_layers", "num_layers", "n_layer", "n_layers", "block_count"}
+    | {"encoder_layers", "decoder_layers", "depth"}
+)
 
 
 @dataclass(frozen=True)
@@ -124,11 +129,13 @@ class Source:
         if any(".ffn_gate_exps" in name or ".ffn_down_exps" in name for name in stored.names()):
             raise SalienceError(f"{self.path}: mixture-of-experts GGUF files are not supported")
         make = gguf_utils.TENSOR_PROCESSORS.get(stored.architecture, gguf_utils.TensorProcessor)
-        processor = make(config=self.config.to_dict())
-        names = gguf_utils.get_gguf_hf_weights_map(cast(Any, model), processor)
+        with _foreign_errors(str(self.path)):
+            processor = make(config=self.config.to_dict())
+            names = gguf_utils.get_gguf_hf_weights_map(cast(Any, model), processor)
 
         def convert(tensor: Tensor, name: str) -> Tensor:
-            result = processor.process(weights=tensor.numpy(), name=name)
+            with _foreign_errors(f"tensor {name} of {self.path}"):
+                result = processor.process(weights=tensor.numpy(), name=name)
             return torch.from_numpy(result.weights.copy())
 
         return RenamedCheckpoint(stored, {hf: gguf for gguf, hf in names.items()}, convert)
@@ -185,8 +192,11 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
         raise SalienceError(f"{path} has no config.json; is it a model folder?")
     # Broken files are found here, before Transformers reads them with errors of its own.
     stored = open_checkpoint(path)
-    if path.is_dir():
+    if isinstance(stored, GgufCheckpoint):
+        _check_layers(path, {"block_count": stored.layers}, stored)
+    else:
         _check_config(path, trust_remote_code)
+        _check_layers(path / "config.json", read_json(path / "config.json"), stored)
     with _foreign_errors(str(path)):
         config = AutoConfig.from_pretrained(
             path.parent if path.is_file() else path,
@@ -221,6 +231,24 @@ def _check_config(folder: Path, trusted: bool) -> None:
         f"{folder}: Transformers {transformers.__version__} does not know the architecture "
         f"{kind!r}; a newer Transformers may"
     )
+
+
+def _check_layers(file: Path, config: object, stored: Checkpoint) -> None:
+    """Refuse a config of more layers than there are tensors: the modules of all are made first."""
+    most = len(stored.names())
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, list):
+            parts += part
+        for key, value in part.items() if isinstance(part, dict) else ():
+            parts.append(value)
+            counts = key in _LAYER_COUNTS and isinstance(value, int | float)
+            if counts and not 0 <= value <= most:
+                raise SalienceError(
+                    f"{file} says {key} is {value}, and there are {most} tensors; "
+                    "download the checkpoint again"
+                )
 
 
 @contextmanager

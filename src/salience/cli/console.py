@@ -75,7 +75,9 @@ def parse_size(text: str | None) -> int | None:
     """
     if text is None:
         return None
-    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?i?B)", text.strip(), re.IGNORECASE)
+    match = re.fullmatch(
+        r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *((?:[KMGT]i?)?B)", text.strip(), re.ASCII | re.IGNORECASE
+    )
     if match is None or not float(match[1]):
         raise SalienceError(f"size {text!r} is not understood; write it like 8GiB or 500MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])

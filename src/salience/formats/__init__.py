@@ -109,9 +109,15 @@ def stored_config(model_config: Any, stored: Checkpoint | None = None) -> dict[s
     Args:
         model_config: the Transformers config.
         stored: the tensors; where the config says nothing, those of llm-awq do.
+    Raises:
+        SalienceError: it is no JSON object.
     """
     for key in ("quantization_config", "compression_config"):
         config = getattr(model_config, key, None)
+        if isinstance(config, Mapping):
+            config = config.get("quantization_config") or config
+        if config and not isinstance(config, Mapping):
+            raise SalienceError(f"{key} of config.json must be an object, not {config!r}")
         if config:
-            return dict(config.get("quantization_config") or config)
+            return dict(config)
     return None if stored is None else implied_config(stored)

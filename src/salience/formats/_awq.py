@@ -36,7 +36,7 @@ def config_scheme(config: Mapping[str, Any]) -> Scheme:
     """
     bits = config.get("bits", config.get("w_bit"))
     group_size = config.get("group_size", config.get("q_group_size"))
-    if bits != BITS or not isinstance(group_size, int):
+    if bits != BITS or type(group_size) is not int:  # a bool is an int
         raise SalienceError(
             f"quantization_config has bits {bits!r} and group_size {group_size!r}; "
             "an awq checkpoint has bits 4 and a group size"

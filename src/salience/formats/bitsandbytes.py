@@ -60,7 +60,7 @@ class BitsAndBytes:
 
     def scheme(self, config: Mapping[str, Any], name: str) -> Scheme:
         kind = config.get("bnb_4bit_quant_type", "fp4")
-        if kind not in _PLACES:
+        if not isinstance(kind, str) or kind not in _PLACES:
             raise SalienceError(
                 f"quantization_config is of bnb_4bit_quant_type {kind!r}; nf4 and fp4 are read"
             )
@@ -140,7 +140,8 @@ class BitsAndBytes:
         scales = absmax.view(groups)
         if scheme.double_quant:
             inner, values = tensors["weight.nested_absmax"], tensors["weight.nested_quant_map"]
-            if inner.numel() != -(-absmax.numel() // NESTED_BLOCK) or values.numel() != 256:
+            blocks = -(-absmax.numel() // NESTED_BLOCK)
+            if (tuple(inner.shape), tuple(values.shape)) != ((blocks,), (256,)):
                 raise SalienceError("weight.nested_absmax or nested_quant_map has a wrong size")
             nested = NestedScales(scales, inner, float(state["nested_offset"]), values)
             scales = nested.dequantize()
@@ -179,9 +180,11 @@ def _swap(data: Tensor) -> Tensor:
 def _state(data: Tensor, scheme: Scheme) -> dict[str, Any]:
     """The JSON object among the tensors, with what is needed of it checked."""
     name = _STATES[str(scheme.codebook)]
+    if data.dtype != torch.uint8 or data.ndim != 1:
+        raise SalienceError(f"{name} must be bytes, not {data.dtype} {list(data.shape)}")
     try:
         state = json.loads(bytes(data.tolist()))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise SalienceError(f"{name} is not readable as JSON ({error})") from None
     known: dict[str, object] = {"quant_type": scheme.codebook}
     if scheme.double_quant:
@@ -193,8 +196,9 @@ def _state(data: Tensor, scheme: Scheme) -> dict[str, Any]:
         raise SalienceError(
             f"{name} is of blocksize {state.get('blocksize')!r}, which there is not"
         )
-    shape, offset = state.get("shape"), state.get("nested_offset", 0.0)
-    whole = isinstance(shape, list) and all(isinstance(n, int) and n > 0 for n in shape)
+    shape, offset = state.get("shape"), state.get("nested_offset")
+    offset = offset if scheme.double_quant else 0.0
+    whole = isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
     if not whole or len(shape) != 2 or not isinstance(offset, float):
         raise SalienceError(f"{name} has no shape of two numbers, or no nested_offset")
     return dict(state)

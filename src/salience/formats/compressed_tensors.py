@@ -21,7 +21,6 @@ with it. The version written, 0.18.0, is the last that reads them and the first 
 is.
 """
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from salience.errors import SalienceError
 from salience.packing import pack, unpack, words
+from salience.patterns import matching
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -61,7 +61,7 @@ class CompressedTensors:
             extra = config.get(key) or {"format": "dense"}
             if not isinstance(extra, Mapping) or extra.get("format") != "dense":
                 raise SalienceError(f"quantization_config has a {key}, which is not supported")
-        if any(_matches(target, name) for target in config.get("ignore") or ()):
+        if _matches(config.get("ignore") or [], name):
             raise SalienceError("quantization_config ignores it, yet its weight is quantized")
         groups = config.get("config_groups")
         if not isinstance(groups, Mapping):
@@ -107,8 +107,10 @@ class CompressedTensors:
         packed, scales, shape = (
             tensors[k] for k in ("weight_packed", "weight_scale", "weight_shape")
         )
-        if tuple(shape.shape) != (2,) or scales.ndim != 2:
-            raise SalienceError("weight_shape must be two numbers and weight_scale a matrix")
+        if tuple(shape.shape) != (2,) or shape.is_floating_point() or scales.ndim != 2:
+            raise SalienceError(
+                "weight_shape must be two numbers (integers) and weight_scale a matrix"
+            )
         rows, columns = (int(n) for n in shape)
         # Few zeros may take as many words either way; the codes of a row tell.
         dense = packed.shape[-1:] == (words(columns, scheme.bits),)
@@ -117,6 +119,8 @@ class CompressedTensors:
             zeros = torch.full_like(scales, 2 ** (scheme.bits - 1), dtype=torch.uint8)
         else:
             stored, size = tensors["weight_zero_point"], (scales.shape[1], rows)
+            if stored.ndim != 2:
+                raise SalienceError(f"weight_zero_point must be a matrix, not {list(stored.shape)}")
             zeros = _unpack("weight_zero_point", stored.T, scheme.bits, size, dense).T.contiguous()
         return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme, columns))
 
@@ -173,14 +177,17 @@ def _scheme(weights: object) -> Scheme:
     if not isinstance(weights, Mapping):
         raise SalienceError("quantization_config has a group without weights")
     bits, group_size = weights.get("num_bits"), weights.get("group_size")
-    strategy = weights.get("strategy") or {None: "tensor", -1: "channel"}.get(group_size, "group")
+    strategy = weights.get("strategy") or (
+        "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    )
     if weights.get("type", "int") != "int" or weights.get("dynamic"):
         kind = f"dynamic {weights.get('type')}" if weights.get("dynamic") else weights.get("type")
         raise SalienceError(f"weights of type {kind} are not supported, only int is")
     if strategy not in ("group", "channel"):
         raise SalienceError(f"strategy {strategy!r} is not supported; group and channel are")
     size = -1 if strategy == "channel" else group_size
-    if not isinstance(bits, int) or not _MIN_BITS <= bits <= 8 or not isinstance(size, int):
+    # In Python a bool is an int.
+    if type(bits) is not int or not _MIN_BITS <= bits <= 8 or type(size) is not int:
         raise SalienceError(
             f"num_bits {bits!r} with group_size {group_size!r} is not supported; "
             "2 to 8 bits and a group size are"
@@ -188,17 +195,12 @@ def _scheme(weights: object) -> Scheme:
     return Scheme(bits, size, sym=bool(weights.get("symmetric", True)))
 
 
-def _matches(target: object, name: str) -> bool:
-    """Whether a target or an ignored entry means the linear `name`."""
-    target = str(target)
-    if not target.startswith("re:"):
-        return target == name or target in _CLASSES
-    try:
-        return re.match(target.removeprefix("re:"), name) is not None
-    except re.error as error:
-        raise SalienceError(
-            f"quantization_config has {target!r}, which is no regular expression: {error}"
-        ) from None
+def _matches(targets: object, name: str) -> list[str]:
+    """Those of a list of targets, or of ignored entries, that mean the linear `name`."""
+    if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
+        raise SalienceError("targets and ignore of quantization_config must be lists of names")
+    plain = [target for target in targets if target == name or target in _CLASSES]
+    return plain + matching([target for target in targets if target.startswith("re:")], name)
 
 
 def _group_of(name: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -207,9 +209,7 @@ def _group_of(name: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:
     for key, group in groups.items():
         if not isinstance(group, Mapping):
             raise SalienceError(f"{key} of quantization_config is a preset; save the model again")
-        for target in group.get("targets") or ():
-            if _matches(target, name):
-                found[str(target)] = group
+        found |= dict.fromkeys(_matches(group.get("targets") or [], name), group)
     if not found:
         raise SalienceError("no group of quantization_config targets it, yet it is quantized")
     return found[
