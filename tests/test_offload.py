@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import salience
 from salience.chat.reply import reply
@@ -27,7 +27,7 @@ MAPS: dict[str, tuple[Any, tuple[str, ...]]] = {
     "cpu": ("cpu", ()),
     "all on cpu": ({"": "cpu"}, ()),
     "disk": ("disk", ("model", "lm_head")),
-    "all on disk": ({"": torch.device("cpu"), "model": "disk", "lm_head": "disk"}, ("model",)),
+    "all on disk": ({"": CPU, "model": "disk", "lm_head": "disk"}, ("model", "lm_head")),
     "some blocks": (
         {"": "cpu", "model.layers.0": "disk", "model.layers.2.mlp": "disk"},
         ("model.layers.0", "model.layers.2.mlp"),
@@ -39,10 +39,8 @@ MAPS: dict[str, tuple[Any, tuple[str, ...]]] = {
 def quantized(folder: Path, out: Path, scheme: str, format: str, *rules: str) -> Path:
     """Rounded to nearest: what is in the codes does not matter here."""
     method = "nf4" if scheme.startswith("nf4") else "rtn"
-    wanted = [tuple(rule.split("=")) for rule in rules]
-    salience.quantize(
-        str(folder), out, method=method, scheme=scheme, format=format, rules=wanted or None
-    )
+    wanted = [(pattern, other) for pattern, other in (rule.split("=") for rule in rules)]
+    salience.quantize(str(folder), out, method=method, scheme=scheme, format=format, rules=wanted)
     return out
 
 
@@ -127,7 +125,7 @@ def test_files_live_as_long_as_the_model(awq: Path, tmp_path: Path) -> None:
     model = salience.load(awq, device_map="disk", offload_folder=tmp_path)
     other = salience.load(awq, device_map="disk", offload_folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
-    stored = sum(file.stat().st_size for file in next(tmp_path.iterdir()).glob("*.dat"))
+    stored = sum(file.stat().st_size for file in next(tmp_path.iterdir()).iterdir())
     assert stored == sum(tensor.nbytes for tensor in salience.load(awq).state_dict().values())
     del other
     gc.collect()
@@ -144,8 +142,6 @@ def test_nothing_stays_of_a_load_that_failed(awq: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "config.json").write_bytes((awq / "config.json").read_bytes())
-    from safetensors.torch import save_file
-
     save_file(tensors, broken / "model.safetensors")
     with pytest.raises(SalienceError, match=r"model\.norm\.weight is missing"):
         salience.load(broken, device_map="disk", offload_folder=tmp_path / "disk")
@@ -173,18 +169,20 @@ def test_automatic_maps_stay_under_the_limit(awq: Path, kind: str, tmp_path: Pat
         # A block is one piece; what is left free is less than the largest.
         assert (memory(model) == total) == (share > 1)
         assert torch.equal(logits(model), logits(plain))
-        blocks = {name.split(".")[2] for name in on_disk(model) if ".layers." in name}
-        assert not blocks & {n.split(".")[2] for n in set(plain.state_dict()) - on_disk(model) if ".layers." in n}
+        in_memory = plain.state_dict().keys() - on_disk(model)
+        blocks = [
+            {name.split(".")[2] for name in names if ".layers." in name}
+            for names in (on_disk(model), in_memory)
+        ]
+        assert not blocks[0] & blocks[1]
 
 
 def test_one_size_is_for_the_device_and_asks_for_an_automatic_map(
     awq: Path, tmp_path: Path
 ) -> None:
     total = memory(salience.load(awq))
-    model = salience.load(
-        awq, device="cpu", max_memory=f"{total // 2}B", offload_folder=tmp_path
-    ) if False else salience.load(awq, device="cpu", max_memory=total // 2, offload_folder=tmp_path)
-    assert 0 < memory(model) <= total // 2
+    model = salience.load(awq, device="cpu", max_memory=total * 4 // 5, offload_folder=tmp_path)
+    assert 0 < memory(model) <= total * 4 // 5
     assert memory(salience.load(awq, device="cpu", max_memory="1GiB")) == total
 
 
@@ -236,17 +234,17 @@ def test_folder_that_cannot_be_made(awq: Path, tmp_path: Path) -> None:
         torch.randn(3, 4).bfloat16().T,
         torch.randn(2, 2, 2).half(),
         torch.tensor([True, False]),
+        torch.zeros(0, 3),
     ],
     ids=lambda t: str(t.dtype),
 )
 def test_offloaded_tensors_come_back(tensor: torch.Tensor, tmp_path: Path) -> None:
-    from accelerate.utils import OffloadedWeightsLoader
-
     folder = OffloadFolder(tmp_path / "new")
     meta = folder.write("a.b", tensor)
     assert (meta.is_meta, meta.shape, meta.dtype) == (True, tensor.shape, tensor.dtype)
-    back = OffloadedWeightsLoader(save_folder=str(folder.folder), index=folder.index)["a.b"]
+    back = folder["a.b"]
     assert torch.equal(back, tensor) and back.dtype == tensor.dtype
+    assert list(folder) == ["a.b"] and len(folder) == 1
 
 
 def test_what_lies_off_the_gpu_runs_on_the_main_device() -> None:

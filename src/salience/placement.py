@@ -11,10 +11,12 @@ between a CPU and a GPU. A weight is therefore packed for the device it runs on 
 it lies; what comes back is ready to multiply.
 """
 
+import math
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Mapping
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -66,12 +68,10 @@ class Placement:
     devices: Mapping[str, torch.device | None]
 
     def lies(self, name: str) -> torch.device | None:
-        """Where a tensor or module is kept; None is the disk."""
-        while name not in self.devices:
-            if not name:
-                raise SalienceError("the device map names no device for the whole model")
+        """Where a tensor or module is kept; None is the disk. What no key says is on `main`."""
+        while name and name not in self.devices:
             name = name.rpartition(".")[0]
-        return self.devices[name]
+        return self.devices.get(name, self.main)
 
     def runs(self, name: str) -> torch.device:
         """Where it is when it is computed with."""
@@ -128,7 +128,8 @@ def place(
         limits = _limits(max_memory, main)
         if main.type == "cuda" and main.index is None:
             main = torch.device("cuda", torch.cuda.current_device())
-        return Placement(main, _inferred(model, device_map, limits, packed_bytes()))
+        found = Placement(main, _inferred(model, device_map, limits, packed_bytes()))
+        return Placement(main, dict(_disjoint(model, found)))
     if max_memory is not None:
         raise SalienceError(
             f"max_memory is for a device map of {', '.join(AUTOMATIC)}; a map of one's own says "
@@ -144,11 +145,31 @@ def place(
     for name in model.state_dict():
         if not any(name == key or not key or name.startswith(f"{key}.") for key in devices):
             raise SalienceError(f"device_map gives {name} no device; add one for it, or for ''")
-    return result
+    return Placement(main, dict(_disjoint(model, result)))
 
 
-class OffloadFolder:
-    """Tensors on the disk, in accelerate's layout: a file of raw bytes for each.
+def _disjoint(
+    module: nn.Module, placement: Placement, name: str = _ROOT
+) -> Iterator[tuple[str, torch.device | None]]:
+    """A placement by modules none of which is in another, as hooks want it."""
+    prefix = f"{name}." if name else ""
+    if not any(key != name and key.startswith(prefix) for key in placement.devices):
+        yield name, placement.lies(name)
+        return
+    for local, child in module.named_children():
+        yield from _disjoint(child, placement, prefix + local)
+    for local, _ in [
+        *module.named_parameters(recurse=False),
+        *module.named_buffers(recurse=False),
+    ]:
+        # No hook brings these: the modules below have their own.
+        yield prefix + local, placement.runs(prefix + local)
+
+
+class OffloadFolder(Mapping[str, Tensor]):
+    """Tensors on the disk by name, a file of raw bytes for each; read, they are mapped files.
+
+    Memory they take belongs to the page cache: it is not copied, and is free once they are.
 
     Args:
         parent: a folder of the user; None is for models that need no disk. The files go into a
@@ -158,7 +179,7 @@ class OffloadFolder:
     def __init__(self, parent: str | Path | None) -> None:
         self._parent = parent
         self._folder: Path | None = None
-        self.index: dict[str, dict[str, Any]] = {}
+        self._stored: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
 
     @property
     def folder(self) -> Path:
@@ -185,14 +206,24 @@ class OffloadFolder:
         Raises:
             StorageError: the disk is full or not writable.
         """
-        # Not accelerate's own function: it writes into a mapping, and a full disk is then a signal
-        # that ends the process.
         data = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         with disk_errors(self.folder):
-            data.numpy().tofile(self.folder / f"{name}.dat")
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self.index[name] = {"dtype": dtype, "shape": list(tensor.shape)}
+            data.numpy().tofile(self.folder / name)  # a full disk is no error in a mapped file
+        self._stored[name] = (tuple(tensor.shape), tensor.dtype)
         return torch.empty_like(tensor, device="meta")
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, dtype = self._stored[name]
+        size = math.prod(shape)
+        if not size:
+            return torch.empty(shape, dtype=dtype)
+        return torch.from_file(str(self.folder / name), False, size, dtype=dtype).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
 
     def discard(self) -> None:
         """Remove the files."""
@@ -208,23 +239,30 @@ class OffloadFolder:
 def dispatch(model: Any, placement: Placement, offload: OffloadFolder) -> None:
     """Hang hooks on a filled model that bring each module's tensors to where it runs."""
     from accelerate import dispatch_model
-    from accelerate.utils import save_offload_index
 
     if placement.is_plain:
         model.to(placement.main)
         return
     for name, tensor in model.state_dict().items():
-        if placement.lies(name) is None and name not in offload.index:
+        if placement.lies(name) is None and name not in offload:
             offload.write(name, tensor)  # a buffer, made with the model
-    if offload.index:
-        with disk_errors(offload.folder):
-            save_offload_index(offload.index, str(offload.folder))
+    for name, buffer in list(model.named_buffers()):
+        if name in placement.devices:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, buffer.to(placement.runs(name)))
     offload.own(model)
+    # What lies on the CPU and runs on a GPU stays in memory, here, and leaves the model.
+    held = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if placement.lies(name) != placement.runs(name) and not tensor.is_meta
+    }
     dispatch_model(
         model,
         {name: _accelerate_name(each) for name, each in placement.devices.items()},
         main_device=cast(Any, _accelerate_name(placement.main)),
-        offload_dir=str(offload.folder) if offload.index else None,
+        state_dict=cast(Any, ChainMap(held, cast(Any, offload))),
+        offload_index={},
         offload_buffers=True,
         skip_keys=getattr(model, "_skip_keys_device_placement", None),
         force_hooks=True,
