@@ -216,7 +216,7 @@ def test_wrong_maps(llama: Path, name: str) -> None:
 
 
 def test_too_little_memory_and_no_folder_does_not_fit(awq: Path) -> None:
-    with pytest.raises(DoesNotFitError, match="offload_folder=FOLDER for it, or allow more"):
+    with pytest.raises(DoesNotFitError, match="offload_folder=FOLDER .*, or allow more memory"):
         salience.load(awq, device="cpu", max_memory={"cpu": 1000})
 
 
@@ -320,14 +320,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
 def test_memory_of_loading(wide: dict[str, Path], llama: Path, tmp_path: Path) -> None:
-    """Packed or float, at most what stays and one shard; from the disk, a few modules."""
+    """At most what stays and one shard, and from the disk a few modules: packed weights, and float
+    ones that are held in twice the bytes they are stored in."""
     for name in ("float", "awq"):
         files = list(wide[name].glob("*.safetensors"))
         shard = max(file.stat().st_size for file in files)
         found = measured(wide[name], llama)
-        print(name, {k: v // MIB if k != "logits" else v for k, v in found.items()}, shard // MIB)
         assert found["loading"] <= found["final"] + shard
         disk = measured(wide[name], llama, device_map="disk", offload_folder=str(tmp_path))
-        print(name, {k: v // MIB if k != "logits" else v for k, v in disk.items()})
         assert disk["final"] == 0 and disk["logits"] == found["logits"]
-        assert disk["running"] < 0.4 * found["final"]
+        assert disk["loading"] <= shard + 48 * MIB and disk["running"] <= shard + 48 * MIB

@@ -9,6 +9,7 @@ Where the places are, and what happens to a model larger than the memory, is in
 `salience.placement`.
 """
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ from salience.source import Source, open_source
 
 __all__ = ["load", "load_source", "read_tensor", "resolve_device", "set_tensor"]
 
-_TRIM_BYTES = 2**26  # read between two returns of freed memory to the system
+_TRIM_NUMBERS = 2**22  # read between two returns of freed memory to the system
 
 
 def load(
@@ -281,7 +282,7 @@ class _Loader:
         else:
             module.to(place)
         self.model.set_submodule(name, module)
-        self._trim(self.coded[name].tensors.values())
+        self._trim(math.prod(self.coded[name].shape))
 
     def _fill_floats(self, names: list[str]) -> None:
         """Read a parameter, and give it to all modules that share it.
@@ -346,7 +347,7 @@ class _Loader:
                 parameters[place] = nn.Parameter(held, requires_grad=False)
             module, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(module), leaf, parameters[place])
-        self._trim(names[:1])
+        self._trim(value.numel())
 
     def _own(self, tensor: Tensor, place: torch.device, dtype: torch.dtype) -> Tensor:
         """A tensor elsewhere; a copy of it if it is there already, as it may be a view of a file.
@@ -372,9 +373,10 @@ class _Loader:
             )
         return qt
 
-    def _trim(self, names: Any) -> None:
-        self._unreturned += sum(self.weights.nbytes(n) for n in names if n in self.weights.names())
-        if self._unreturned > _TRIM_BYTES:
+    def _trim(self, numbers: int) -> None:
+        """Unpacking a weight takes many times its packed bytes, and glibc would keep them."""
+        self._unreturned += numbers
+        if self._unreturned >= _TRIM_NUMBERS:
             release_memory()
             self._unreturned = 0
 

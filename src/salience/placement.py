@@ -193,7 +193,7 @@ class OffloadFolder(Mapping[str, Tensor]):
             if self._parent is None:
                 raise DoesNotFitError(
                     "the device map puts a part of the model on the disk; pass "
-                    "offload_folder=FOLDER for it, or allow more memory"
+                    "offload_folder=FOLDER (--offload-folder FOLDER), or allow more memory"
                 )
             with disk_errors(Path(self._parent)):
                 Path(self._parent).mkdir(parents=True, exist_ok=True)
