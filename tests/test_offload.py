@@ -216,7 +216,7 @@ def test_wrong_maps(llama: Path, name: str) -> None:
 
 
 def test_too_little_memory_and_no_folder_does_not_fit(awq: Path) -> None:
-    with pytest.raises(DoesNotFitError, match="offload_folder=FOLDER .*, or allow more memory"):
+    with pytest.raises(DoesNotFitError, match=r"offload_folder=FOLDER .*, or allow more"):
         salience.load(awq, device="cpu", max_memory={"cpu": 1000})
 
 
@@ -330,3 +330,17 @@ def test_memory_of_loading(wide: dict[str, Path], llama: Path, tmp_path: Path) -
         disk = measured(wide[name], llama, device_map="disk", offload_folder=str(tmp_path))
         assert disk["final"] == 0 and disk["logits"] == found["logits"]
         assert disk["loading"] <= shard + 48 * MIB and disk["running"] <= shard + 48 * MIB
+
+
+def test_command_line(awq: Path, tmp_path: Path) -> None:
+    """`eval` with half of the model on the disk, and what it says where that cannot be."""
+    options = ["--text", str(tmp_path / "text.txt"), "--context", "32", "--max-chunks", "2"]
+    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 40)
+    program = [sys.executable, "-m", "salience", "eval", str(awq), "--device", "cpu", "--json"]
+    found = []
+    for more in ([], ["--max-memory", "200KB", "--offload-folder", str(tmp_path / "disk")]):
+        done = subprocess.run([*program, *options, *more], capture_output=True, check=True)
+        found.append(json.loads(done.stdout)["perplexity"])
+    assert found[0] == found[1]
+    done = subprocess.run([*program, *options, "--device-map", "disk"], capture_output=True)
+    assert done.returncode == 3 and b"--offload-folder FOLDER" in done.stderr

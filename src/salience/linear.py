@@ -103,7 +103,8 @@ class QuantEmbedding(nn.Module):
         rows = ids.flatten()
         codes = unpack(self.get_buffer("packed")[rows], self.scheme.bits, self.embedding_dim)
         scales, zeros = self.get_buffer("scales")[rows], self.get_buffer("zeros")[rows]
-        weight = QTensor(codes, scales, zeros, self.scheme).dequantize(self._dtype)
+        scheme = replace(self.scheme, double_quant=False)  # these scales are whole
+        weight = QTensor(codes, scales, zeros, scheme).dequantize(self._dtype)
         return weight.view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
