@@ -98,7 +98,10 @@ def main() -> None:
             if options.get("device_map") == "some disk":
                 blocks = args.layers or SHAPES[args.shape]["num_hidden_layers"]
                 third = {i: ("cpu", "disk", 0)[3 * i // blocks] for i in range(blocks)}
-                options["device_map"] = {"": 0, **{f"model.layers.{i}": p for i, p in third.items()}}
+                options["device_map"] = {
+                    "": 0,
+                    **{f"model.layers.{i}": p for i, p in third.items()},
+                }
             options |= {"device": args.device, "kernel": args.kernel}
             out = str(Path(name) / "logits.pt")
             command = [sys.executable, __file__, "--run", str(folder), out, json.dumps(options)]
