@@ -1,12 +1,14 @@
 """QuantLinear against the dense linear it stands for."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
 
 from salience import grid
 from salience.errors import SalienceError
-from salience.linear import QuantLinear
+from salience.linear import QuantEmbedding, QuantLinear, packed_bytes
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -139,3 +141,45 @@ def test_groups_of_many_sizes_take_the_kernel_that_can() -> None:
     x = torch.randn(3, 64)
     want = x @ moved.dequantize().T
     assert (linear(x) - want).norm() <= 1e-5 * want.norm()
+
+
+def test_weight_says_what_models_ask_of_it() -> None:
+    """DeepSeek-V3.2 casts what it gives to a linear to the dtype of its weight."""
+    linear = QuantLinear(make(), None, "reference", torch.bfloat16)
+    weight = linear.weight
+    assert (weight.dtype, weight.shape, weight.ndim) == (torch.bfloat16, (32, 64), 2)
+    assert (weight.device.type, weight.is_floating_point()) == ("cpu", True)
+    assert linear.to("meta").weight.device.type == "meta"
+    assert QuantLinear(make()).weight.dtype == torch.float16, "that of the scales"
+    embedding = QuantEmbedding(make(), torch.float32)
+    assert (embedding.weight.dtype, embedding.weight.shape) == (torch.float32, (32, 64))
+    assert "weight" not in dict(linear.named_parameters()) | linear.state_dict()
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda w: torch.nn.functional.linear(torch.ones(1, 64), w),
+        lambda w: w.sum(),
+        lambda w: w.float(),
+        lambda w: w[0, 0].item(),
+        lambda w: w.T @ torch.ones(32, 1),
+    ],
+)
+def test_weight_has_no_values(use: Callable[[torch.Tensor], object]) -> None:
+    with pytest.raises(SalienceError, match=r"wants the values of a packed weight; .* keep="):
+        use(QuantLinear(make()).weight)
+    assert "packed weight [32, 64]" in repr(QuantLinear(make()).weight)
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "w3g32", "nf4", "nf4-dq", "w8channel"])
+@pytest.mark.parametrize("rows", [48, 1552])
+def test_packed_bytes(scheme: str, rows: int) -> None:
+    """From some rows, what all of them take."""
+    weight = torch.randn(rows, 64)
+    qt = grid.quantize(weight, Scheme.parse(scheme))
+    for kernel in ("auto", None):
+        module = QuantLinear(qt) if kernel else QuantEmbedding(qt, torch.float32)
+        want = sum(buffer.nbytes for buffer in module.buffers())
+        found = packed_bytes(qt.scheme, (rows, 64), torch.device("cpu"), kernel)
+        assert abs(found - want) <= 0.003 * want  # a table is not made of rows

@@ -1,6 +1,7 @@
 """load(): the model that Transformers makes, packed weights only, errors that name the tensor."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaModel, Qwen2Config
 
 import salience
+from helpers_checkpoint import qtensors
 from salience import grid
 from salience.calibration import Calibration
 from salience.errors import SalienceError
@@ -22,6 +24,7 @@ from salience.linear import QuantLinear
 from salience.loading import resolve_device
 from salience.scheme import Scheme
 from salience.source import open_source
+from tiny_architectures import architecture
 from tiny_models import (
     VOCABULARY,
     error,
@@ -405,3 +408,229 @@ def test_codebooks_and_the_rest_do_not_mix(
     with pytest.raises(SalienceError, match=match):
         salience.quantize(str(llama), out, method=method, scheme=scheme, format=format)
     assert not out.exists()
+
+
+def rounded(folder: Path, out: Path, rules: dict[str, str] | None = None) -> Path:
+    """To nearest, with head and embeddings if a rule says so."""
+    salience.quantize(
+        str(folder),
+        out,
+        method="rtn",
+        scheme="w4g32",
+        format="compressed-tensors",
+        rules=list((rules or {}).items()),
+    )
+    return out
+
+
+def configured(folder: Path, **changes: Any) -> Path:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "keep", [["up_proj"], [r"layers\.0\.", "lm_head"], ["embed_tokens"], ["."]], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keep(llama: Path, tmp_path: Path, keep: list[str], dtype: torch.dtype) -> None:
+    """Float modules with the weights that the codes stand for, so the same logits."""
+    out = rounded(llama, tmp_path / "out", {"lm_head|embed_tokens": "w8g32"})
+    plain = salience.load(out, kernel="reference", dtype=dtype)
+    model = salience.load(out, kernel="reference", dtype=dtype, keep=keep)
+    coded = qtensors(out)
+    chosen = {name for name in coded if any(re.search(each, name) for each in keep)}
+    assert chosen
+    for name, qt in coded.items():
+        module = model.get_submodule(name)
+        assert isinstance(module, nn.Linear | nn.Embedding) == (name in chosen)
+        if name in chosen:
+            assert torch.equal(module.weight, qt.dequantize(dtype))
+    assert error(logits(model), logits(plain)) < (1e-5 if dtype == torch.float32 else 3e-2)
+
+
+def test_keep_of_a_transposed_linear_with_a_bias(tmp_path: Path) -> None:
+    folder = save(make_model(architecture("gpt2")), tmp_path / "in")
+    out = rounded(folder, tmp_path / "out")
+    model = salience.load(out, keep=["c_fc", "c_attn"])
+    assert type(model.transformer.h[0].mlp.c_fc).__name__ == "Conv1D"
+    assert isinstance(model.transformer.h[0].mlp.c_proj, QuantLinear)
+    assert error(logits(model), logits(salience.load(out, kernel="reference"))) < 2e-2
+    kept = salience.load(out, kernel="reference", keep=["c_fc", "c_attn"])
+    assert error(logits(kept), logits(salience.load(out, kernel="reference"))) < 1e-5
+
+
+def test_wrong_keep(quantized: Path) -> None:
+    with pytest.raises(SalienceError, match=r"keep 'gate_up' matches no quantized linear of"):
+        salience.load(quantized, keep=["up_proj", "gate_up"])
+    with pytest.raises(SalienceError, match=r"keep '\(' is no regular expression"):
+        salience.load(quantized, keep=["("])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kernel", ["reference", "cpu_int4"])
+@pytest.mark.parametrize("tokens", [1, 40, 100])
+def test_linears_in_half_precision(
+    quantized: Path, dtype: torch.dtype, kernel: str, tokens: int
+) -> None:
+    """With fp16 scales, as stored, against fp64; few tokens and many take different ways."""
+    model, coded = salience.load(quantized, dtype=dtype, kernel=kernel), qtensors(quantized)
+    random = torch.Generator().manual_seed(tokens)
+    # Weights, or s and z, and the sum are rounded to the bits that the dtype has.
+    tolerance = 1e-2 if dtype == torch.bfloat16 or kernel == "cpu_int4" else 1.5e-3
+    for name in ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj"):
+        qt, module = coded[name], model.get_submodule(name)
+        assert (module.kernel, module.weight.dtype) == (kernel, dtype)
+        x = torch.randn(tokens, qt.in_features, generator=random).to(dtype)
+        found, want = module(x), x.double() @ qt.dequantize(torch.float64).T
+        assert found.dtype == dtype
+        assert error(found, want) < tolerance
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "nf4-dq"])
+def test_codebooks_in_half_precision(llama: Path, tmp_path: Path, scheme: str) -> None:
+    out = tmp_path / "out"
+    salience.quantize(str(llama), out, method="nf4", scheme=scheme, format="bitsandbytes")
+    coded = qtensors(out)
+    for dtype, tolerance in ((torch.float16, 1.5e-3), (torch.bfloat16, 1e-2)):
+        module = salience.load(out, dtype=dtype).model.layers[1].mlp.down_proj
+        qt = coded["model.layers.1.mlp.down_proj"]
+        x = torch.randn(5, qt.in_features).to(dtype)
+        assert error(module(x), x.double() @ qt.dequantize().double().T) < tolerance
+
+
+def test_the_file_may_change_once_it_is_loaded(llama: Path, tmp_path: Path) -> None:
+    """No tensor of the model is a view of it."""
+    shutil.copytree(llama, tmp_path / "in")
+    model = salience.load(tmp_path / "in")
+    before = logits(model)
+    with open(tmp_path / "in" / "model.safetensors", "r+b") as file:
+        file.seek(20_000)
+        file.write(bytes(400_000))
+    assert torch.equal(logits(model), before)
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path) not in maps.read()
+
+
+@pytest.mark.parametrize("stored", ["neither", "head", "both"])
+def test_tied_float_heads(stored: str, tmp_path: Path) -> None:
+    """The head is stored, or only it, or neither's own: all say the same here."""
+    model = make_model(llama_config(tie_word_embeddings=True))
+    save(model, tmp_path / "in")
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        embeddings = tensors["model.embed_tokens.weight"]
+        if stored != "neither":
+            tensors["lm_head.weight"] = embeddings.clone()
+        if stored == "head":
+            del tensors["model.embed_tokens.weight"]
+
+    found = salience.load(edited(tmp_path / "in", tmp_path / "out", change))
+    assert found.lm_head.weight is found.get_input_embeddings().weight
+    assert torch.equal(logits(found), logits(model))
+
+
+def test_tied_by_the_config_but_stored_with_different_values(tmp_path: Path) -> None:
+    """Two weights then, as Transformers has it; also when it is asked to tie them again."""
+    folder = save(make_model(llama_config()), tmp_path / "in")
+    plain = logits(salience.load(folder))
+    model = salience.load(configured(folder, tie_word_embeddings=True))
+    assert torch.equal(logits(model), plain)
+    model.tie_weights()
+    assert torch.equal(logits(model), plain) and not model.config.tie_word_embeddings
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    assert torch.equal(logits(theirs), plain)
+
+
+def test_packed_head_of_a_model_that_ties(llama: Path, tmp_path: Path) -> None:
+    """Codes for the head, a float weight for the embeddings, and a config that ties them."""
+    out = rounded(llama, tmp_path / "out", {"lm_head": "w8g32"})
+    plain = logits(salience.load(out))
+    model = salience.load(configured(out, tie_word_embeddings=True))
+    assert isinstance(model.lm_head, QuantLinear)
+    model.tie_weights()
+    assert isinstance(model.lm_head, QuantLinear) and torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("owner", ["model.embed_tokens", "lm_head"])
+def test_head_tied_to_packed_embeddings(owner: str, llama: Path, tmp_path: Path) -> None:
+    """The codes of one are those of both."""
+    other = {"model.embed_tokens": "lm_head", "lm_head": "model.embed_tokens"}[owner]
+    out = rounded(llama, tmp_path / "out", {owner: "w8g32"})
+    tied = edited(out, tmp_path / "tied", lambda tensors: tensors.pop(f"{other}.weight"))
+    model = salience.load(configured(tied, tie_word_embeddings=True), kernel="reference")
+    weight = qtensors(out)[owner].dequantize()
+    assert error(model.lm_head(torch.eye(64)).T, weight) < 1e-6
+    ids = torch.arange(VOCABULARY)
+    assert torch.equal(model.get_input_embeddings()(ids), weight)
+    model.tie_weights()
+    assert torch.isfinite(logits(model)).all()
+    kept = salience.load(tied, keep=["."])
+    assert torch.equal(kept.lm_head.weight, weight)
+    assert kept.lm_head.weight is kept.get_input_embeddings().weight
+
+
+def test_untied_head_that_is_missing(llama: Path, tmp_path: Path) -> None:
+    out = rounded(llama, tmp_path / "out", {"model.embed_tokens": "w8g32"})
+    broken = edited(out, tmp_path / "broken", lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(SalienceError, match=r"tensor lm_head\.weight is missing"):
+        salience.load(broken)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    [
+        ["model.layers.1.mlp.up_proj", "self_attn"],
+        ["model"],
+        None,
+    ],
+)
+def test_what_a_config_lists_as_float_decides_nothing(
+    quantized: Path, tmp_path: Path, listed: list[str] | None
+) -> None:
+    """The shard headers do: names lists of other tools mean different things to each."""
+    shutil.copytree(quantized, tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    config: dict[str, Any] = json.loads(path.read_text())
+    config["quantization_config"]["modules_to_not_convert"] = listed
+    path.write_text(json.dumps(config))
+    assert torch.equal(logits(salience.load(tmp_path / "out")), logits(salience.load(quantized)))
+
+
+def test_float_linear_that_no_list_names(llama: Path, quantized: Path, tmp_path: Path) -> None:
+    weight = load_file(llama / "model.safetensors")[f"{UP}.weight"]
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for part in ("qweight", "qzeros", "scales"):
+            del tensors[f"{UP}.{part}"]
+        tensors[f"{UP}.weight"] = weight
+
+    model = salience.load(edited(quantized, tmp_path / "out", change))
+    assert type(model.get_submodule(UP)) is nn.Linear
+    assert torch.equal(model.get_submodule(UP).weight, weight)
+
+
+def test_stored_bias_that_the_model_lacks(quantized: Path, llama: Path, tmp_path: Path) -> None:
+    """Of a packed and of a float linear. Zeros, which some tools store everywhere, do nothing."""
+    for folder, name in ((quantized, UP), (llama, "lm_head")):
+        rows = 128 if name == UP else VOCABULARY
+        zeros = {f"{name}.bias": torch.zeros(rows)}
+        out = edited(folder, tmp_path / f"zeros-{name}", lambda t, more=zeros: t.update(more))
+        assert torch.equal(logits(salience.load(out)), logits(salience.load(folder)))
+        ones = {f"{name}.bias": torch.ones(rows)}
+        out = edited(folder, tmp_path / f"ones-{name}", lambda t, more=ones: t.update(more))
+        with pytest.raises(
+            SalienceError, match=rf"tensor {name}\.bias of .* has no place: .* has no bias; config"
+        ):
+            salience.load(out)
+
+
+def test_tensors_that_transformers_ignores(tmp_path: Path) -> None:
+    """DeepSeek-V3's extra block, which predicts a second token, is not part of the model."""
+    folder = save(make_model(architecture("deepseek_v3")), tmp_path / "in")
+    out = rounded(folder, tmp_path / "out")
+    stored = load_file(out / "model.safetensors")
+    packed = {n.replace("layers.0.", "layers.61."): t.clone() for n, t in stored.items()}
+    more = edited(out, tmp_path / "more", lambda tensors: tensors.update(packed))
+    assert len(load_file(more / "model.safetensors")) > len(stored)
+    assert torch.equal(logits(salience.load(more)), logits(salience.load(out)))

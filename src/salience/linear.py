@@ -1,5 +1,8 @@
 """QuantLinear and QuantEmbedding: modules whose weight stays packed."""
 
+from dataclasses import replace
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor, nn
 
@@ -8,6 +11,8 @@ from salience.errors import SalienceError
 from salience.packing import pack, unpack
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
+
+_SOME_ROWS = 512
 
 
 class QuantLinear(nn.Module):
@@ -20,13 +25,21 @@ class QuantLinear(nn.Module):
         qt: the weight [out, in]; it is packed for its device and not kept.
         bias: float [out] or None.
         kernel: name of a backend of `salience.kernels`, or "auto" for the fastest that fits.
+        dtype: what `weight.dtype` says; None is that of the scales.
 
     Raises:
         SalienceError: a kernel that does not support such a weight.
     """
 
-    def __init__(self, qt: QTensor, bias: Tensor | None = None, kernel: str = "auto") -> None:
+    def __init__(
+        self,
+        qt: QTensor,
+        bias: Tensor | None = None,
+        kernel: str = "auto",
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
+        self._dtype = dtype or qt.scales.dtype
         self.in_features, self.out_features, self.scheme = (
             qt.in_features,
             qt.out_features,
@@ -63,6 +76,12 @@ class QuantLinear(nn.Module):
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """What models ask of `linear.weight`: its dtype, shape [out, in] and device, no values."""
+        device = self.get_buffer(self._packed_names[0]).device
+        return _PackedWeight((self.out_features, self.in_features), self._dtype, device)
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, kernel={self.kernel}"
 
@@ -94,13 +113,72 @@ class QuantEmbedding(nn.Module):
         self.register_buffer("scales", qt.scales.clone())
         self.register_buffer("zeros", qt.zeros.clone())
 
+    @property
+    def weight(self) -> Tensor:
+        """As that of QuantLinear: dtype, shape and device."""
+        size = (self.num_embeddings, self.embedding_dim)
+        return _PackedWeight(size, self._dtype, self.get_buffer("packed").device)
+
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] to rows [..., hidden]."""
         rows = ids.flatten()
         codes = unpack(self.get_buffer("packed")[rows], self.scheme.bits, self.embedding_dim)
         scales, zeros = self.get_buffer("scales")[rows], self.get_buffer("zeros")[rows]
-        weight = QTensor(codes, scales, zeros, self.scheme).dequantize(self._dtype)
+        scheme = replace(self.scheme, double_quant=False)  # these scales are whole
+        weight = QTensor(codes, scales, zeros, scheme).dequantize(self._dtype)
         return weight.view(*ids.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
+
+
+class _PackedWeight(Tensor):
+    """A tensor of dtype, shape and device alone. Whoever computes with it is told so, where values
+    that are not there would give a model that talks nonsense.
+    """
+
+    @staticmethod
+    def __new__(cls, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Any:
+        return torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)
+
+    def __init__(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
+        pass
+
+    def __repr__(self, **_: object) -> str:  # type: ignore[override]
+        return f"packed weight {list(self.shape)}, {self.dtype}, {self.device}"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *_: object) -> NoReturn:
+        raise SalienceError(
+            f"{func} wants the values of a packed weight; load the model with keep=[...] naming "
+            "the modules whose weight its code reads"
+        )
+
+
+def packed_bytes(
+    scheme: Scheme, shape: tuple[int, ...], device: torch.device, kernel: str | None = "auto"
+) -> int:
+    """Bytes that the packed weight of a linear will take on a device.
+
+    Found by packing some rows: what a kernel adds is its own affair.
+
+    Args:
+        scheme: of the weight.
+        shape: [out, in].
+        device: where it runs.
+        kernel: as of `QuantLinear`; None for embeddings.
+    """
+    out_features, in_features = shape
+    rows = out_features if out_features < 2 * _SOME_ROWS else _SOME_ROWS + out_features % _SOME_ROWS
+    plain = replace(scheme, double_quant=False)  # scales in two parts are packed as one
+    groups = torch.zeros(rows, scheme.groups(in_features), device=device)
+    codes = torch.zeros(rows, in_features, dtype=torch.uint8, device=device)
+    scales = groups if scheme.codebook else groups.half()
+    qt = QTensor(codes, scales, groups.to(torch.uint8), plain)
+    if kernel is None:
+        module: nn.Module = QuantEmbedding(qt, torch.float32)
+    else:
+        if kernel == "auto":
+            kernel = kernels.choose(plain, device, in_features, out_features).name
+        module = QuantLinear(qt, None, kernel)
+    return sum(buffer.nbytes for buffer in module.buffers()) * out_features // rows

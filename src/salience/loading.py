@@ -1,11 +1,18 @@
 """Load a checkpoint, quantized or not, as a Transformers model that is ready to run.
 
-The model is made on the meta device; the linears that own packed tensors in the shard headers
-become `QuantLinear`, and then each tensor is read once and put in its place. What is in memory at
-the end is the packed weights, never a float copy of them.
+The model is made on the meta device. The modules that own packed tensors in the shard headers,
+whatever a config says of them, become `QuantLinear` or `QuantEmbedding`, and each tensor is read
+once and put in its place. At no time is there more in memory than what stays and what one module is
+made of: a tensor as it is stored is a view of its file, unmapped when the next one is read.
+
+Where the places are, and what happens to a model larger than the memory, is in
+`salience.placement`.
 """
 
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +21,29 @@ from torch import Tensor, nn
 
 from salience import kernels
 from salience.checkpoint import Checkpoint, read_json
+from salience.conversion import ModelWeights
 from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
 from salience.formats.base import Reader
-from salience.linear import QuantEmbedding, QuantLinear
+from salience.linear import QuantEmbedding, QuantLinear, packed_bytes
+from salience.machine import release_memory
 from salience.modules import bias_of, codable, weight_of
+from salience.placement import (
+    DeviceMap,
+    MaxMemory,
+    OffloadFolder,
+    Placement,
+    dispatch,
+    main_device,
+    place,
+    resolve_device,
+)
+from salience.qtensor import QTensor
 from salience.source import Source, open_source
+
+__all__ = ["load", "load_source", "read_tensor", "resolve_device", "set_tensor"]
+
+_TRIM_NUMBERS = 2**22  # read between two returns of freed memory to the system
 
 
 def load(
@@ -28,6 +52,10 @@ def load(
     dtype: torch.dtype | None = None,
     kernel: str = "auto",
     trust_remote_code: bool = False,
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
+    keep: Sequence[str] = (),
 ) -> Any:
     """A Transformers causal language model in eval mode.
 
@@ -37,11 +65,29 @@ def load(
         dtype: of activations and float weights; fp32 on CPUs and the checkpoint's own elsewhere.
         kernel: name of a kernel for the quantized linears, "auto" for the fastest that fits.
         trust_remote_code: let the model's own Python code run.
+        device_map: where its parts lie: "auto" or "balanced" (all GPUs alike), "sequential" (one
+            after the other), one device ("cpu", "cuda:0", "disk"), or a dict of such by module.
+            What does not lie on a GPU runs on the first GPU of the map, or else the CPU.
+        max_memory: for an automatic map: {0: "8GiB", "cpu": "30GiB"}, or one size for `device`.
+        offload_folder: where parts on the disk are kept as long as the model lives.
+        keep: patterns (regular expressions, searched for in the name) of quantized modules to hold
+            as float ones, with the same weights.
 
     Raises:
         SalienceError: not found, incomplete or malformed; the message names the tensor.
+        DoesNotFitError: a part must go to the disk and there is no `offload_folder`.
+        StorageError: the disk of `offload_folder` is full or not writable.
     """
-    return load_source(open_source(str(model), trust_remote_code), device, dtype, kernel)
+    return load_source(
+        open_source(str(model), trust_remote_code),
+        device,
+        dtype,
+        kernel,
+        device_map,
+        max_memory,
+        offload_folder,
+        keep,
+    )
 
 
 def load_source(
@@ -49,51 +95,35 @@ def load_source(
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     kernel: str = "auto",
+    device_map: DeviceMap | None = None,
+    max_memory: MaxMemory | None = None,
+    offload_folder: str | Path | None = None,
+    keep: Sequence[str] = (),
 ) -> Any:
     """`load`, from an opened source."""
-    place = resolve_device(device)
+    main = main_device(device, device_map)
     if kernel != "auto":
         kernels.backend(kernel)  # a wrong name is wrong for a float model too
     if dtype is None:
-        dtype = torch.float32 if place.type == "cpu" else _config_dtype(source)
+        dtype = torch.float32 if main.type == "cpu" else _config_dtype(source)
     model = source.skeleton(dtype)
     weights = source.weights(model)
     config = stored_config(source.config, source.stored)
-    packed = _fill_quantized(model, weights, config, place, kernel) if config else set()
-    tied: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied.setdefault(id(parameter), []).append(name)
-    for name, parameter in list(model.named_parameters()):
-        value = read_tensor(weights, name, parameter).to(place, dtype)
-        for other in tied[id(parameter)]:
-            set_tensor(model, other, value)
-    for name, buffer in model.named_buffers():
-        if name in weights.names() and name not in packed:
-            buffer.copy_(read_tensor(weights, name, buffer))
-    model.tie_weights()
-    model.to(place)
+    coded = _coded(model, weights, config) if config else {}
+    floats = _kept(coded, keep, weights.path)
+    loader = _Loader(model, weights, coded, floats, dtype, kernel)
+    loader.check_extra()
+    loader.placement = place(model, main, device_map, max_memory, lambda: loader.packed_bytes(main))
+    loader.offload = OffloadFolder(offload_folder)
+    try:
+        loader.fill()
+        dispatch(model, loader.placement, loader.offload)
+    except BaseException:
+        loader.offload.discard()
+        raise
     model.generation_config = _generation_config(source)
     model.config.dtype = dtype
     return model
-
-
-def resolve_device(device: str | torch.device) -> torch.device:
-    """A device; "auto" is the GPU if there is one.
-
-    Raises:
-        SalienceError: a device this machine lacks.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError:
-        raise SalienceError(f"device {device!r} is not understood; use cpu or cuda") from None
-    if place.type not in ("cpu", "cuda") or (
-        place.type == "cuda" and not torch.cuda.is_available()
-    ):
-        raise SalienceError(f"device {device} is not on this machine; use cpu")
-    return place
 
 
 def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
@@ -114,62 +144,258 @@ def read_tensor(stored: Checkpoint, name: str, like: Tensor) -> Tensor:
     return tensor
 
 
-def _fill_quantized(
-    model: nn.Module,
-    stored: Checkpoint,
-    config: Mapping[str, Any],
-    device: torch.device,
-    kernel: str,
-) -> set[str]:
-    """Swap in packed modules for those that own packed tensors; returns the tensors' names."""
+@dataclass(frozen=True, slots=True)
+class _Coded:
+    """The packed tensors of a module: local name to the one it is read by."""
+
+    fmt: Reader
+    config: Mapping[str, Any]
+    owner: str  # the module they are stored for, another one when two are tied
+    shape: tuple[int, ...]  # [out, in]
+    tensors: Mapping[str, str]
+
+
+def _coded(model: nn.Module, stored: Checkpoint, config: Mapping[str, Any]) -> dict[str, _Coded]:
+    """The modules that own packed tensors, by what is stored and not by what a config lists."""
     fmt = detect_format(config)
     own = fmt.tensors - {"weight"}  # a float linear has one of that name too
-    used: set[str] = set()
-    for name, linear in codable(model).items():
-        if not any(f"{name}.{local}" in stored.names() for local in own):
-            continue
-        tensors = {local: f"{name}.{local}" for local in fmt.tensors}
-        local = {
-            key: stored.tensor(full).to(device)
-            for key, full in tensors.items()
-            if full in stored.names()
+    modules = codable(model)
+    coded: dict[str, _Coded] = {}
+    for name, module in modules.items():
+        found = {
+            local: full for local in fmt.tensors if (full := f"{name}.{local}") in stored.names()
         }
-        qt = _read(fmt, config, name, local, weight_of(linear).shape, stored)
-        bias = None
-        if (like := bias_of(linear)) is not None:
-            bias = read_tensor(stored, f"{name}.bias", like).to(device)
+        if own & found.keys():
+            coded[name] = _Coded(fmt, config, name, tuple(weight_of(module).shape), found)
+    for names in _tied(model):
+        # A head that is stored neither packed nor float has the codes of the embeddings.
+        owners = [name.removesuffix(".weight") for name in names]
+        donor = next((coded[owner] for owner in owners if owner in coded), None)
+        floats = [o for o in owners if o not in coded and f"{o}.weight" in stored.names()]
+        if donor is not None and not floats:
+            coded |= {owner: donor for owner in owners if owner not in coded and owner in modules}
+    return coded
+
+
+def _kept(coded: Mapping[str, _Coded], keep: Sequence[str], path: Path) -> set[str]:
+    """The packed modules that `keep` wants as float ones."""
+    found: set[str] = set()
+    for pattern in keep:
+        try:
+            matched = {name for name in coded if re.search(pattern, name)}
+        except (re.error, OverflowError) as error:
+            raise SalienceError(f"keep {pattern!r} is no regular expression: {error}") from None
+        if not matched:
+            raise SalienceError(f"keep {pattern!r} matches no quantized linear of {path}")
+        found |= matched
+    return found
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """The parameters of a model, each with all its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
+
+
+@dataclass(slots=True)
+class _Loader:
+    """Fills a skeleton, a module or a tensor at a time."""
+
+    model: Any
+    weights: Checkpoint
+    coded: Mapping[str, _Coded]
+    floats: set[str]
+    dtype: torch.dtype
+    kernel: str
+    placement: Placement = field(init=False)
+    offload: OffloadFolder = field(init=False)
+    _unreturned: int = 0
+
+    def check_extra(self) -> None:
+        """Refuse stored tensors that the model would silently do without."""
+        used = {full for part in self.coded.values() for full in part.tensors.values()}
+        extra = self.weights.names() - used - self.model.state_dict().keys()
+        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        extra = {name for name in extra if not any(re.search(each, name) for each in ignored)}
+        locals_ = {local for part in self.coded.values() for local in part.fmt.tensors}
+        endings = tuple(f".{local}" for local in locals_ - {"weight"})
+        leaves = {name for name, part in self.model.named_modules() if not [*part.children()]}
+        for name in sorted(extra):
+            if name.endswith(endings):
+                raise SalienceError(f"tensor {name} of {self.weights.path} belongs to no linear")
+            owner, _, leaf = name.rpartition(".")
+            # Some tools store a bias of zeros for every linear.
+            if owner in leaves and leaf in ("weight", "bias") and self.weights.tensor(name).any():
+                raise SalienceError(
+                    f"tensor {name} of {self.weights.path} has no place: the model's {owner} has "
+                    f"no {leaf}; config.json does not fit the weights"
+                )
+
+    def packed_bytes(self, main: torch.device) -> dict[str, int]:
+        """What each module that stays packed will take."""
+        sizes: dict[str, int] = {}
+        known: dict[object, int] = {}
+        for name, part in self.coded.items():
+            if name not in self.floats:
+                scheme = part.fmt.scheme(part.config, part.owner)
+                embeds = isinstance(self.model.get_submodule(name), nn.Embedding)
+                key = (scheme, part.shape, embeds)
+                if key not in known:
+                    kernel = None if embeds else self.kernel
+                    known[key] = packed_bytes(scheme, part.shape, main, kernel)
+                sizes[name] = known[key]
+        return sizes
+
+    def fill(self) -> None:
+        buffers = [name for name, _ in self.model.named_buffers() if name in self.weights.names()]
+        tied = _tied(self.model)
+        for name in self.coded:
+            if name not in self.floats:
+                self._fill_packed(name)
+        for names in tied:
+            self._fill_floats(names)
+        for name in buffers:
+            buffer = self.model.get_buffer(name)
+            buffer.copy_(read_tensor(self.weights, name, buffer))
+        release_memory()
+
+    def _fill_packed(self, name: str) -> None:
+        """Swap in a packed module."""
+        linear, runs = self.model.get_submodule(name), self.placement.runs(name)
+        qt = self._qtensor(name, runs)
+        module: nn.Module
         if isinstance(linear, nn.Embedding):
-            model.set_submodule(name, QuantEmbedding(qt, linear.weight.dtype))
+            module = QuantEmbedding(qt, self.dtype)
         else:
-            model.set_submodule(name, QuantLinear(qt, bias, kernel))
-        used.update(tensors.values(), [f"{name}.bias"])
-    endings = tuple(f".{local}" for local in own)
-    orphans = {name for name in stored.names() - used if name.endswith(endings)}
-    if orphans:
-        raise SalienceError(f"tensor {min(orphans)} of {stored.path} belongs to no linear")
-    return used
+            bias = None
+            if (like := bias_of(linear)) is not None:
+                stored = read_tensor(self.weights, f"{name}.bias", like)
+                bias = self._own(stored, runs, stored.dtype)
+            module = QuantLinear(qt, bias, self.kernel, self.dtype)
+        del qt
+        place = self.placement.lies(name)
+        if place is None:
+            for local, buffer in list(module.named_buffers()):
+                setattr(module, local, self.offload.write(f"{name}.{local}", buffer))
+        else:
+            module.to(place)
+        self.model.set_submodule(name, module)
+        self._trim(math.prod(self.coded[name].shape))
+
+    def _fill_floats(self, names: list[str]) -> None:
+        """Read a parameter, and give it to all modules that share it.
+
+        Two that are tied by the config and stored with different values stay two, as Transformers
+        has it; so do two of which one is packed.
+        """
+        left = [name for name in names if not self._is_packed(name)]
+        sources: dict[object, str] = {}  # what holds a value, and the first name that has it
+        for name in left:
+            if self._is_kept(name):
+                sources.setdefault(self.coded[_owner(name)].owner, name)
+            elif name in self.weights.names():
+                sources.setdefault(self._stored_as(name), name)
+        first = next(iter([*sources.values(), *left]), "")
+        chosen = dict.fromkeys(left, first)
+        if len(sources) > 1 and not self._are_equal(list(sources.values())):
+            chosen |= {name: name for name in sources.values()}
+        for source in dict.fromkeys(chosen.values()):
+            value = self._float(source)
+            self._put([name for name in left if chosen[name] == source], value)
+            del value
+        if len(names) > 1 and (left != names or len(set(chosen.values())) > 1):
+            _untie(self.model, names)
+
+    def _is_packed(self, name: str) -> bool:
+        return _owner(name) in self.coded and _owner(name) not in self.floats
+
+    def _is_kept(self, name: str) -> bool:
+        return _owner(name) in self.floats and name.endswith(".weight")
+
+    def _stored_as(self, name: str) -> object:
+        stored = self.weights.stored_names(name) if isinstance(self.weights, ModelWeights) else []
+        return tuple(stored) or name
+
+    def _are_equal(self, names: list[str]) -> bool:
+        first = self._float(names[0])
+        return all(torch.equal(first, self._float(name)) for name in names[1:])
+
+    def _float(self, name: str) -> Tensor:
+        """The value of a float parameter: as it is stored, or what packed tensors stand for."""
+        like = self.model.get_parameter(name)
+        if not self._is_kept(name):
+            return read_tensor(self.weights, name, like)
+        runs = self.placement.runs(name)
+        value = torch.empty(like.shape, dtype=self.dtype, device=runs)
+        set_tensor(self.model, name, value)  # so that a transposed one is written to as such
+        qt = self._qtensor(_owner(name), runs)
+        weight_of(self.model.get_submodule(_owner(name))).copy_(qt.dequantize(self.dtype))
+        set_tensor(self.model, name, torch.empty_like(value, device="meta"))
+        return value
+
+    def _put(self, names: list[str], value: Tensor) -> None:
+        parameters: dict[torch.device | None, nn.Parameter] = {}
+        for name in names:
+            place = self.placement.lies(name)
+            if place is None:
+                parameter = self.offload.write(name, value.to(self.dtype))
+                parameters.setdefault(None, nn.Parameter(parameter, requires_grad=False))
+            elif place not in parameters:
+                held = self._own(value, place, self.dtype)
+                parameters[place] = nn.Parameter(held, requires_grad=False)
+            module, _, leaf = name.rpartition(".")
+            setattr(self.model.get_submodule(module), leaf, parameters[place])
+        self._trim(value.numel())
+
+    def _own(self, tensor: Tensor, place: torch.device, dtype: torch.dtype) -> Tensor:
+        """A tensor elsewhere; a copy of it if it is there already, as it may be a view of a file.
+
+        A file that someone replaces must not change the model, and one cut short not end it.
+        """
+        moved = tensor.to(place, dtype)
+        return moved.clone() if moved is tensor else moved
+
+    def _qtensor(self, name: str, place: torch.device) -> QTensor:
+        part = self.coded[name]
+        tensors = {local: self.weights.tensor(full) for local, full in part.tensors.items()}
+        what = f"linear {part.owner} of {self.weights.path}"
+        try:
+            scheme = part.fmt.scheme(part.config, part.owner)
+            qt = part.fmt.read({k: each.to(place) for k, each in tensors.items()}, scheme)
+        except (SalienceError, RuntimeError) as error:
+            raise SalienceError(f"{what}: {error}") from None
+        if not torch.isfinite(qt.scales).all():
+            raise SalienceError(f"{what} has scales that are not finite")
+        if (qt.out_features, qt.in_features) != part.shape:
+            raise SalienceError(
+                f"{what} holds {[qt.out_features, qt.in_features]}, "
+                f"the model wants {list(part.shape)}"
+            )
+        return qt
+
+    def _trim(self, numbers: int) -> None:
+        """Unpacking a weight takes many times its packed bytes, and glibc would keep them."""
+        self._unreturned += numbers
+        if self._unreturned >= _TRIM_NUMBERS:
+            release_memory()
+            self._unreturned = 0
 
 
-def _read(
-    fmt: Reader,
-    config: Mapping[str, Any],
-    name: str,
-    tensors: Mapping[str, Tensor],
-    shape: tuple[int, ...],
-    stored: Checkpoint,
-) -> Any:
-    try:
-        qt = fmt.read(tensors, fmt.scheme(config, name))
-    except (SalienceError, RuntimeError) as error:
-        raise SalienceError(f"linear {name} of {stored.path}: {error}") from None
-    if not torch.isfinite(qt.scales).all():
-        raise SalienceError(f"linear {name} of {stored.path} has scales that are not finite")
-    if (qt.out_features, qt.in_features) != shape:
-        raise SalienceError(
-            f"linear {name} of {stored.path} holds {[qt.out_features, qt.in_features]}, "
-            f"the model wants {list(shape)}"
-        )
-    return qt
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _untie(model: Any, names: list[str]) -> None:
+    """Keep Transformers from tying parameters that are not the same."""
+    tied = getattr(model, "all_tied_weights_keys", {})
+    for target, origin in list(tied.items()):
+        if target in names or origin in names:
+            del tied[target]
+    for config in (model.config, model.config.get_text_config()):
+        if getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
 
 
 def _config_dtype(source: Source) -> torch.dtype:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from salience.errors import SalienceError
+from salience.placement import input_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ def reply(
 
     if not prompt.strip():
         raise SalienceError("the prompt is empty")
-    inputs = _encode(tokenizer, prompt, system).to(model.device)
+    inputs = _encode(tokenizer, prompt, system).to(input_device(model))
     count = inputs["input_ids"].shape[1]
     times: list[float] = []
 

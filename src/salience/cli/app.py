@@ -106,6 +106,16 @@ TextOption = Annotated[
 SamplesOption = Annotated[int, typer.Option("--samples", min=1, help="Calibration sequences.")]
 SeqlenOption = Annotated[int, typer.Option("--seqlen", min=1, help="Tokens in each.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(
+        "--device-map",
+        help="Where weights lie: auto, balanced, sequential, cpu or disk. With --max-memory, auto.",
+    ),
+]
+OffloadOption = Annotated[
+    Path | None, typer.Option("--offload-folder", help="Keeps what is to lie on the disk.")
+]
 TrustOption = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python code the model brings.")
 ]
@@ -340,6 +350,9 @@ def evaluate(
     context: Annotated[int, typer.Option("--context", min=2, help="Tokens in a chunk.")] = 2048,
     max_chunks: Annotated[int | None, typer.Option("--max-chunks", min=1)] = None,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
+    max_memory: MemoryOption = None,
+    offload_folder: OffloadOption = None,
     kernel: KernelOption = "auto",
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -353,7 +366,14 @@ def evaluate(
     words = read_text(text)
     source = open_source(model, trust_remote_code)
     tokenizer = source.tokenizer
-    loaded = load_source(source, device, kernel=kernel)
+    loaded = load_source(
+        source,
+        device,
+        kernel=kernel,
+        device_map=device_map,
+        max_memory=parse_size(max_memory),
+        offload_folder=offload_folder,
+    )
     with progress_bar("perplexity") as progress:
         result = perplexity(loaded, tokenizer, words, context, max_chunks, progress)
     if json:
@@ -371,6 +391,9 @@ def chat(
     temperature: Annotated[float, typer.Option("--temperature", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the sampling.")] = 0,
     device: DeviceOption = "auto",
+    device_map: DeviceMapOption = None,
+    max_memory: MemoryOption = None,
+    offload_folder: OffloadOption = None,
     kernel: KernelOption = "auto",
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
@@ -386,7 +409,14 @@ def chat(
 
     source = open_source(model, trust_remote_code)
     tokenizer = source.tokenizer
-    loaded = load_source(source, device, kernel=kernel)
+    loaded = load_source(
+        source,
+        device,
+        kernel=kernel,
+        device_map=device_map,
+        max_memory=parse_size(max_memory),
+        offload_folder=offload_folder,
+    )
     result = reply(
         loaded,
         tokenizer,

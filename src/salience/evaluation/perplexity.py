@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.placement import input_device
 
 _LOGIT_ROWS = 256  # rows of logits in fp32 at once
 
@@ -60,11 +61,11 @@ def perplexity(
             "give more text or a smaller --context"
         )
     used = chunks if max_chunks is None else min(chunks, max_chunks)
-    total = 0.0
+    total, place = 0.0, input_device(model)
     for i, chunk in enumerate(ids[: used * context].view(used, context)):
         if progress is not None:
             progress("chunk", i, used)
-        total += _negative_log_likelihood(model, chunk.to(model.device))
+        total += _negative_log_likelihood(model, chunk.to(place))
     if progress is not None:
         progress("chunk", used, used)
     tokens = used * (context - 1)
