@@ -21,7 +21,7 @@ from salience.errors import SalienceError
 CODEBOOKS = ("nf4", "fp4")
 NESTED_BLOCK = 256  # scales that share a scale, with double quantization
 _PATTERN = re.compile(r"w([1-8])(?:g([1-9][0-9]{0,8})|(channel))(-sym)?")
-_CODEBOOK_PATTERN = re.compile(rf"({'|'.join(CODEBOOKS)})(?:g([1-9][0-9]{0, 8}))?(-dq)?")
+_CODEBOOK_PATTERN = re.compile(rf"({'|'.join(CODEBOOKS)})(?:g([1-9][0-9]{{0,8}}))?(-dq)?")
 _USUAL_GROUPS = (256, 128, 64, 32, 16)
 _SCALE_BITS = 16
 _CODEBOOK_BITS = 4
