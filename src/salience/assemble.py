@@ -6,12 +6,12 @@ from typing import Any
 
 from salience.checkpoint import read_json
 from salience.conversion import stored_owner, stored_tensors
-from salience.engine import to_half
+from salience.formats import Dense
 from salience.job import Job
 from salience.journal import Journal
 from salience.modules import embeddings
 from salience.report import REPORT_NAME, BlockReport, LinearReport, Report
-from salience.writer import ShardWriter, disk_errors
+from salience.writer import ShardWriter, disk_errors, to_dtype
 
 
 def collect(job: Job, journal: Journal, report: Report) -> None:
@@ -50,14 +50,15 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
         if name in buffers:
             tensor = job.weights.tensor(name)
         elif name in parameters - coded and not name.startswith(f"{job.prefix}."):
-            tensor = to_half(job.float_tensor(name), name)
+            tensor = to_dtype(job.float_tensor(name), name, job.dtype)
         else:
             continue
         for stored, part in stored_tensors(job.skeleton, job.weights, name, tensor).items():
             writer.add(stored, part)
     for name in job.parted_heads():
         tied = next(iter(embeddings(job.skeleton)))
-        writer.add(f"{name}.weight", to_half(job.float_tensor(f"{tied}.weight"), name))
+        weight = job.float_tensor(f"{tied}.weight")
+        writer.add(f"{name}.weight", to_dtype(weight, name, job.dtype))
     writer.write_json("config.json", _config(job))
     writer.write_json(REPORT_NAME, asdict(report))
     with disk_errors(journal.final):
@@ -77,9 +78,11 @@ def _config(job: Job) -> dict[str, Any]:
         config = read_json(job.source.path / "config.json")
     config.setdefault("architectures", [type(job.skeleton).__name__])
     config.pop("torch_dtype", None)
-    config["dtype"] = "float16"
+    config["dtype"] = str(job.dtype).removeprefix("torch.")
     if any(job.is_tied(name) for name in job.outside):
         config["tie_word_embeddings"] = False  # the head has codes of its own now
+    if isinstance(job.fmt, Dense):
+        return config
     # Under the names of the model's modules, and under those other runtimes may go by.
     floats = [*job.kept, *(stored_owner(job.weights, name) for name in job.kept)]
     config["quantization_config"] = job.fmt.config(

@@ -69,4 +69,4 @@ def _fold(fields: Tensor, bits: int) -> Tensor:
 def _spread(data: Tensor, bits: int) -> Tensor:
     """Cut bytes [...] into their fields [..., 8 / bits]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
-    return (data[..., None] >> shifts) & (2**bits - 1)
+    return (data[..., None] >> shifts).bitwise_and_(2**bits - 1)

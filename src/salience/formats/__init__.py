@@ -8,14 +8,17 @@ from salience.formats.autoawq import AutoAwq
 from salience.formats.base import Format
 from salience.formats.bitsandbytes import BitsAndBytes
 from salience.formats.compressed_tensors import CompressedTensors
+from salience.formats.dense import Dense
 
 FORMATS: tuple[Format, ...] = (AutoAwq(), CompressedTensors(), BitsAndBytes())
+_TARGETS: tuple[Format, ...] = (*FORMATS, Dense())
 
 __all__ = [
     "FORMATS",
     "AutoAwq",
     "BitsAndBytes",
     "CompressedTensors",
+    "Dense",
     "Format",
     "detect_format",
     "get_format",
@@ -24,15 +27,15 @@ __all__ = [
 
 
 def get_format(name: str) -> Format:
-    """The format called `name`.
+    """The format called `name`, "dense" included.
 
     Raises:
         SalienceError: there is none.
     """
-    for fmt in FORMATS:
+    for fmt in _TARGETS:
         if fmt.name == name:
             return fmt
-    raise SalienceError(f"there is no format {name!r}; use {' or '.join(f.name for f in FORMATS)}")
+    raise SalienceError(f"there is no format {name!r}; use {' or '.join(f.name for f in _TARGETS)}")
 
 
 def detect_format(config: Mapping[str, Any]) -> Format:
