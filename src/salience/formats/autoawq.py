@@ -67,6 +67,13 @@ class AutoAwq:
                 )
 
     def write(self, qt: QTensor) -> dict[str, Tensor]:
+        """The stored tensors.
+
+        Raises:
+            SalienceError: groups in activation order.
+        """
+        if qt.g_idx is not None:
+            raise SalienceError("--format awq holds no groups in activation order")
         return {
             "qweight": pack(interleave_awq(qt.q.T), _BITS),
             "qzeros": pack(interleave_awq(qt.zeros.T), _BITS),
