@@ -101,6 +101,7 @@ def compare(a: Path, b: Path) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", type=float, default=10, help="GB of the checkpoint")
+    parser.add_argument("--source", type=Path, help="keep the checkpoint here, or find it here")
     parser.add_argument("--format", default="compressed-tensors")
     parser.add_argument("-o", "--out", type=Path)
     args = parser.parse_args()
@@ -109,17 +110,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         if shutil.disk_usage(name).free < 2.5 * size:
             sys.exit(f"{name} has less than {2.5 * args.size} GB free; set TMPDIR")
-        source, out = Path(name) / "source", Path(name) / "out"
-        source.mkdir()
-        start = time.perf_counter()
-        layers = make(source, size)
-        console.print(f"made {layers} blocks in {time.perf_counter() - start:.0f} s")
+        source, out = args.source or Path(name) / "source", Path(name) / "out"
+        if not source.exists():
+            source.mkdir()
+            start = time.perf_counter()
+            layers = make(source, size)
+            console.print(f"made {layers} blocks in {time.perf_counter() - start:.0f} s")
         done = salience("convert", source, "-o", out, "--format", args.format)
         stored = SafetensorsCheckpoint(source)
         result = {
             "source_bytes": sum(stored.nbytes(name) for name in stored.names()),
             "widest_linear": [WIDE, HIDDEN],
-            "blocks": layers,
+            "blocks": read_json(source / "config.json")["num_hidden_layers"],
             **{key: done[key] for key in ("source_format", "format", "linears", "bytes")},
             "lossless": done["lossless"],
             "seconds": round(done["seconds"], 1),

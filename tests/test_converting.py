@@ -21,7 +21,14 @@ from salience import converting
 from salience.calibration import Calibration
 from salience.codebook import table
 from salience.errors import SalienceError, StorageError
-from salience.formats import FORMATS, AutoAwq, CompressedTensors, Format, get_format
+from salience.formats import (
+    FORMATS,
+    AutoAwq,
+    CompressedTensors,
+    Format,
+    detect_format,
+    get_format,
+)
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 from salience.writer import ShardWriter
@@ -82,7 +89,8 @@ def written(fmt: Format, qt: QTensor) -> tuple[dict[str, Tensor], QTensor] | Non
     except SalienceError:
         return None
     config = json.loads(json.dumps(fmt.config({NAME: qt.scheme}, ["lm_head"])))
-    return tensors, fmt.read(tensors, fmt.scheme(config, NAME))
+    reader = detect_format(config)
+    return tensors, reader.read(tensors, reader.scheme(config, NAME))
 
 
 @pytest.mark.parametrize(

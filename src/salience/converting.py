@@ -114,8 +114,8 @@ class _Work:
         try:
             made = self.target.write(qt)
             if not isinstance(self.target, Dense):
-                again = self.target.read(made, self.target.scheme(config, name))
-                _check_same(qt, again)
+                reader = detect_format(config)  # as whoever opens the checkpoint does
+                _check_same(qt, reader.read(made, reader.scheme(config, name)))
         except SalienceError as error:
             raise SalienceError(f"linear {name} of {self.stored.path}: {error}") from None
         return made
@@ -167,9 +167,8 @@ def convert(
                 if journal.final.exists():
                     shutil.rmtree(journal.final)  # of a run that was killed while it wrote
                 journal.final.mkdir()
-            _write(work, ShardWriter(journal.final), transposed, report)
-            with disk_errors(journal.final):
                 copy_assets(path, journal.final, code=True)
+            _write(work, ShardWriter(journal.final), transposed, report)
         journal.publish()
     return Conversion(
         out=str(out),
@@ -329,8 +328,15 @@ def _write(
     transposed: set[str],
     progress: Callable[[str, int, int], None],
 ) -> None:
-    """Everything but the assets, in the order of the names."""
+    """The config, then all tensors in the order of their names."""
     quantization = _quantization(work)
+    config = {key: value for key, value in work.config.items() if key not in _QUANTIZATION}
+    if isinstance(work.target, Dense):
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(work.target.dtype).removeprefix("torch.")
+    else:
+        config["quantization_config"] = quantization
+    writer.write_json("config.json", config)
     total = len(work.linears)
     done = 0
     for name in sorted([*work.linears, *work.others], key=_natural):
@@ -345,13 +351,6 @@ def _write(
             writer.add(f"{name}.{local}", tensor)
         done += 1
         release_memory()
-    config = {key: value for key, value in work.config.items() if key not in _QUANTIZATION}
-    if isinstance(work.target, Dense):
-        config.pop("torch_dtype", None)
-        config["dtype"] = str(work.target.dtype).removeprefix("torch.")
-    else:
-        config["quantization_config"] = quantization
-    writer.write_json("config.json", config)
     writer.finish()
     progress("linear", total, total)
 

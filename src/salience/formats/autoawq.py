@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
-from salience.packing import deinterleave_awq, interleave_awq, pack, unpack
+from salience.packing import interleave_awq, pack, unpack_awq
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -92,8 +92,7 @@ class AutoAwq:
                 )
         if scales.ndim != 2:
             raise SalienceError(f"scales must be a matrix, not {list(scales.shape)}")
-        codes = deinterleave_awq(unpack(qweight, _BITS)).T.contiguous()
-        zeros = deinterleave_awq(unpack(qzeros, _BITS)).T.contiguous()
+        codes, zeros = unpack_awq(qweight), unpack_awq(qzeros)
         return QTensor(codes, scales.T.contiguous(), zeros, scheme)
 
     def config(
