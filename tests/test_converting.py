@@ -411,6 +411,16 @@ def test_damaged_sources(case: str, tmp_path: Path) -> None:
     nothing_left(tmp_path)
 
 
+def test_a_config_that_does_not_fit(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "in", CT, mixed())
+    config = config_of(source)
+    config["quantization_config"]["config_groups"].pop("group_1")
+    (source / "config.json").write_text(json.dumps(config))
+    name = "model.layers.3.mlp.up_proj"
+    refuse(lambda: salience.convert(source, tmp_path / "out", "awq"), name, "no group")
+    nothing_left(tmp_path)
+
+
 def test_wrong_use(llama: Path, tmp_path: Path) -> None:
     source = make_folder(tmp_path / "in", AWQ, twelve(Scheme(4, 32)))
 

@@ -95,11 +95,19 @@ class _Work:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     bytes: int = 0
 
+    def scheme(self, name: str) -> Scheme:
+        """What the source's config says of a linear."""
+        try:
+            return self.source.scheme(self.quantization, name)
+        except SalienceError as error:
+            raise SalienceError(f"linear {name} of {self.stored.path}: {error}") from None
+
     def read(self, name: str) -> QTensor:
         """A linear, under the scheme that the target is told."""
         local = {key: self.stored.tensor(full) for key, full in self.linears[name].items()}
+        own = self.scheme(name)
         try:
-            qt = self.source.read(local, self.source.scheme(self.quantization, name))
+            qt = self.source.read(local, own)
         except (SalienceError, RuntimeError) as error:
             raise SalienceError(f"linear {name} of {self.stored.path}: {error}") from None
         scheme = self.schemes.get(name, qt.scheme)
@@ -244,7 +252,7 @@ def _plan(work: _Work, progress: Callable[[str, int, int], None]) -> None:
 
 def _kind(work: _Work, name: str) -> object:
     """What linears have in common that are refused together, and are stored in as many bytes."""
-    parts: list[object] = [work.source.scheme(work.quantization, name)]
+    parts: list[object] = [work.scheme(name)]
     for local, full in work.linears[name].items():
         shape = work.stored.shape(full)
         parts += [local, shape]
