@@ -248,11 +248,18 @@ def tensors(data: bytes, _folder: Path) -> None:
 
 def quant_state(data: bytes, _folder: Path) -> None:
     """The JSON among the tensors of bitsandbytes."""
+    errors = []
     for fmt, scheme, _, stored in written():
         for local in stored:
             if "quant_state" in local and data:
                 state = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                check_weight(fmt.read(stored | {local: state}, scheme))
+                try:
+                    check_weight(fmt.read(stored | {local: state}, scheme))
+                    return
+                except SalienceError as error:  # of another scheme, or of none
+                    errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 def search_file(data: bytes, folder: Path) -> None:

@@ -251,7 +251,7 @@ def folded_only(monkeypatch: pytest.MonkeyPatch) -> None:
     right = engine._Engine._save
     monkeypatch.setattr(engine._Engine, "_save", save)
     monkeypatch.setattr(assembling, "_config", config)
-    monkeypatch.setattr(assembling, "to_half", lambda tensor, _name: tensor)
+    monkeypatch.setattr(assembling, "to_dtype", lambda tensor, _name, _dtype: tensor)
 
 
 ARCHITECTURES: dict[str, Callable[[], Any]] = {

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from salience.calibration import Calibration
+    from salience.converting import convert
     from salience.errors import DoesNotFitError, SalienceError
     from salience.evaluation.perplexity import perplexity
     from salience.loading import load
@@ -28,6 +29,7 @@ __all__ = [
     "QTensor",
     "SalienceError",
     "Scheme",
+    "convert",
     "load",
     "perplexity",
     "quantize",
@@ -39,6 +41,7 @@ _HOMES = {
     "QTensor": "qtensor",
     "SalienceError": "errors",
     "Scheme": "scheme",
+    "convert": "converting",
     "load": "loading",
     "perplexity": "evaluation.perplexity",
     "quantize": "pipeline",

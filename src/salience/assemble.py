@@ -5,13 +5,13 @@ from dataclasses import asdict
 from typing import Any
 
 from salience.conversion import stored_tensors
-from salience.engine import to_half
 from salience.errors import StorageError
+from salience.formats import Dense
 from salience.job import Job
 from salience.journal import Journal
 from salience.modules import embeddings
 from salience.report import REPORT_NAME, BlockReport, LinearReport, Report
-from salience.writer import ShardWriter, disk_errors
+from salience.writer import ShardWriter, disk_errors, to_dtype
 
 
 def collect(job: Job, journal: Journal, report: Report) -> None:
@@ -60,14 +60,15 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
         if name in buffers:
             tensor = job.weights.tensor(name)
         elif name in parameters - coded and not name.startswith(f"{job.prefix}."):
-            tensor = to_half(job.float_tensor(name), name)
+            tensor = to_dtype(job.float_tensor(name), name, job.dtype)
         else:
             continue
         for stored, part in stored_tensors(job.skeleton, job.weights, name, tensor).items():
             writer.add(stored, part)
     for name in job.parted_heads():
         tied = next(iter(embeddings(job.skeleton)))
-        writer.add(f"{name}.weight", to_half(job.float_tensor(f"{tied}.weight"), name))
+        weight = job.float_tensor(f"{tied}.weight")
+        writer.add(f"{name}.weight", to_dtype(weight, name, job.dtype))
     config = _config(job)
     writer.write_json("config.json", config)
     if job.fmt.config_file is not None:
@@ -86,9 +87,11 @@ def _config(job: Job) -> dict[str, Any]:
     config = job.source.config_values()
     config.setdefault("architectures", [type(job.skeleton).__name__])
     config.pop("torch_dtype", None)
-    config["dtype"] = "float16"
+    config["dtype"] = str(job.dtype).removeprefix("torch.")
     if any(job.is_tied(name) for name in job.outside):
         config["tie_word_embeddings"] = False  # the head has codes of its own now
+    if isinstance(job.fmt, Dense):
+        return config
     config["quantization_config"] = job.fmt.config(
         job.schemes, job.float_names, job.outside, job.method.act_order
     )

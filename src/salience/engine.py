@@ -27,6 +27,7 @@ from salience.calibration import (
 )
 from salience.conversion import stored_module, stored_tensors
 from salience.errors import DoesNotFitError, SalienceError
+from salience.formats import Dense
 from salience.hidden import HiddenStates
 from salience.job import Job
 from salience.journal import Journal
@@ -36,6 +37,7 @@ from salience.report import BlockReport
 from salience.search_files import search_tensors
 from salience.stats import SecondMoment
 from salience.structure import Fold, discover_folds, linears, sink_groups, weight_of
+from salience.writer import to_dtype
 
 PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
 WINDOW_BYTES = 2**29
@@ -282,16 +284,18 @@ class _Engine:
     def _save(self, index: int, block: LoadedBlock, solved: SolvedBlock, seconds: float) -> None:
         job = self._job
         tensors: dict[str, Tensor] = {}
-        for local, coded in solved.linears.items():
+        # A dense checkpoint holds the folded weights themselves.
+        replaced = {} if isinstance(job.fmt, Dense) else solved.linears
+        for local, coded in replaced.items():
             module = stored_module(job.skeleton, job.weights, block.full(local))
             for part, tensor in job.fmt.write(coded.qtensor).items():
                 tensors[f"{module}.{part}"] = tensor
-        quantized = {f"{local}.weight" for local in solved.linears}
+        quantized = {f"{local}.weight" for local in replaced}
         for local, parameter in block.module.named_parameters():
             if local not in quantized:
                 name = block.full(local)
-                half = to_half(parameter, name)
-                tensors |= stored_tensors(job.skeleton, job.weights, name, half)
+                value = to_dtype(parameter, name, job.dtype)
+                tensors |= stored_tensors(job.skeleton, job.weights, name, value)
         reports = [coded.report for coded in solved.linears.values()]
         count = max(len(reports), 1)
         report = BlockReport(
@@ -428,18 +432,3 @@ def _describe(fold: Fold) -> dict[str, Any]:
         "channels": fold.channels,
         "error": fold.error,
     }
-
-
-def to_half(tensor: Tensor, name: str) -> Tensor:
-    """A float tensor as it is stored.
-
-    Raises:
-        SalienceError: it overflows fp16.
-    """
-    half = tensor.detach().to(torch.float16)
-    if not torch.isfinite(half).all():
-        raise SalienceError(
-            f"tensor {name} overflows fp16, which the checkpoint stores; such a model cannot be "
-            "quantized yet"
-        )
-    return half

@@ -42,6 +42,7 @@ class Job:
         schemes: of each linear to quantize, by its full name.
         fmt: how to store.
         device: where to compute.
+        dtype: of what is stored float.
         search: scales and grids found before, in place of a search.
         save_search: keep what is found.
         progress: called with (phase, done, total).
@@ -58,6 +59,7 @@ class Job:
     schemes: Mapping[str, Scheme]
     fmt: Format
     device: torch.device
+    dtype: torch.dtype = torch.float16
     search: Search | None = None
     save_search: bool = False
     progress: Progress = lambda _phase, _done, _total: None

@@ -72,7 +72,7 @@ def is_linear(module: nn.Module) -> bool:
     A Linear with a forward of its own is tried out: some routers compute something else.
     """
     if not isinstance(module, nn.Linear):
-        return _is_transposed(module)
+        return is_transposed(module)
     return type(module).forward is nn.Linear.forward or _acts_linear(module)
 
 
@@ -94,7 +94,7 @@ def _acts_linear(module: nn.Linear) -> bool:
     return isinstance(out, Tensor) and out.shape == expected.shape and torch.allclose(out, expected)
 
 
-def _is_transposed(module: nn.Module) -> bool:
+def is_transposed(module: nn.Module) -> bool:
     """A linear that stores its weight as [in, out], as Transformers' Conv1D does."""
     weight = getattr(module, "weight", None)
     return type(module).__name__ == "Conv1D" and isinstance(weight, Tensor) and weight.ndim == 2
@@ -103,7 +103,7 @@ def _is_transposed(module: nn.Module) -> bool:
 def weight_of(linear: nn.Module) -> Tensor:
     """The weight of a linear as [out, in]: a view, so that writing to it writes to the linear."""
     weight = linear.get_parameter("weight").detach()
-    return weight.T if _is_transposed(linear) else weight
+    return weight.T if is_transposed(linear) else weight
 
 
 def bias_of(linear: nn.Module) -> Tensor | None:

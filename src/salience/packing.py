@@ -39,8 +39,10 @@ def unpack(packed: Tensor, bits: int, n: int | None = None) -> Tensor:
     count = packed.shape[-1]
     if count * 32 % bits:
         packed = pad(packed, (0, -count % bits))
-    # Not `contiguous()`, which leaves a single column any stride.
-    data = packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    if packed.stride(-1) != 1 or not packed.is_contiguous():
+        # Not `contiguous()`, which leaves a single column any stride.
+        packed = packed.clone(memory_format=torch.contiguous_format)
+    data = packed.view(torch.uint8)
     if 8 % bits == 0:
         codes = _spread(data, bits).flatten(-2)
     else:
@@ -56,6 +58,16 @@ def interleave_awq(codes: Tensor) -> Tensor:
 def deinterleave_awq(codes: Tensor) -> Tensor:
     """Undo `interleave_awq`."""
     return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_REVERSE)].flatten(-2)
+
+
+def unpack_awq(packed: Tensor) -> Tensor:
+    """AutoAWQ's words int32 [in, out / 8] to uint8 codes [out, in]."""
+    words = packed.T.contiguous()
+    codes = torch.empty(len(words), 8, len(packed), dtype=torch.uint8, device=packed.device)
+    for i, column in enumerate(AWQ_ORDER):
+        # By whole columns: more than twice as fast as to unpack, reorder and transpose.
+        codes[:, column] = (words >> (4 * i)).bitwise_and_(15)
+    return codes.flatten(0, 1)
 
 
 def unpack_awq_fast(packed: Tensor) -> Tensor:
@@ -82,4 +94,4 @@ def _fold(fields: Tensor, bits: int) -> Tensor:
 def _spread(data: Tensor, bits: int) -> Tensor:
     """Cut bytes [...] into their fields [..., 8 / bits]."""
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)
-    return (data[..., None] >> shifts) & (2**bits - 1)
+    return (data[..., None] >> shifts).bitwise_and_(2**bits - 1)

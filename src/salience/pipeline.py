@@ -23,7 +23,7 @@ from salience.assemble import assemble, collect
 from salience.calibration import Calibration
 from salience.engine import run_blocks
 from salience.errors import SalienceError
-from salience.formats import get_format
+from salience.formats import Dense, get_format
 from salience.job import Job, Progress, identity
 from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.loading import read_tensor, resolve_device
@@ -45,7 +45,7 @@ from salience.search_files import open_search, search_metadata
 from salience.serving import Finding, findings, rejection, summary
 from salience.source import open_source
 from salience.structure import codable, find_blocks, kept
-from salience.writer import check_disk, check_file
+from salience.writer import check_disk, check_file, float_dtype
 
 
 def quantize(
@@ -60,6 +60,7 @@ def quantize(
     skip: Sequence[str] = (),
     only: Sequence[str] = (),
     format: str | None = None,
+    dtype: str = "float16",
     calibration: Calibration | None = None,
     device: str = "auto",
     max_memory: int | None = None,
@@ -88,8 +89,11 @@ def quantize(
             input embeddings too.
         skip: patterns of linears that stay float.
         only: patterns, one of which a linear must match to be quantized.
-        format: "awq" (AutoAWQ's gemm layout), "compressed-tensors", "gptq", or "bitsandbytes" for
-            nf4; None is the first, or the last for nf4.
+        format: "awq" (AutoAWQ's gemm layout), "compressed-tensors", "gptq", "bitsandbytes" for nf4
+            and fp4, "bitsandbytes-int8", or "dense": float weights with the scales folded in, not
+            rounded; None is the first, or "bitsandbytes" for nf4.
+        dtype: of what is stored float, "float16" or "bfloat16". The scales of codes are fp16 either
+            way: the codes were searched for them, and bf16 would round them by up to 0.4%.
         calibration: which text; None is 128 sequences of 512 tokens of Python's documentation.
         device: where blocks run, "auto" for the GPU if there is one.
         max_memory: bytes the work may take on its device; None for what is free.
@@ -127,6 +131,7 @@ def quantize(
             "--save-search and --from-search away"
         )
     format = default_format(method) if format is None else format
+    stored = float_dtype(dtype)
     place = resolve_device(device)
     source = open_source(model, trust_remote_code)
     padding = None
@@ -154,6 +159,7 @@ def quantize(
         schemes=schemes,
         fmt=get_format(format),
         device=place,
+        dtype=stored,
         search=search,
         save_search=save_search is not None,
         progress=progress or (lambda _phase, _done, _total: None),
@@ -166,13 +172,18 @@ def quantize(
             raise SalienceError(f"--save-search has nothing to save of --scheme {each}: no search")
     check_schemes(skeleton, schemes, job.fmt)
     check_act_order(chosen, job.fmt)
+    if isinstance(job.fmt, Dense) and not chosen.folds:
+        raise SalienceError(
+            f"--format dense holds weights with scales folded in and --method {method} finds none; "
+            "use --method awq, or the model as it is"
+        )
     if save_search is not None and not is_published(target):
         check_file(Path(save_search), target)
     minded = _findings(job, tensor_parallel)
     text = (calibration or Calibration()) if chosen.reads_text else None
     budget = choose_budget(source, skeleton, schemes, text, chosen, place, max_memory)
     if not is_published(target):
-        need = 2 * checkpoint_bytes(skeleton, schemes) + budget.temporary_bytes
+        need = 2 * checkpoint_bytes(skeleton, schemes, job.fmt) + budget.temporary_bytes
         check_disk(target, need - held_bytes(target))
     tokens = text.tokens(source.tokenizer) if text else None
     report = Report(
@@ -186,7 +197,7 @@ def quantize(
         device=str(place),
         versions=versions(),
         options=recipe.describe() | ({"act_order": True} if act_order else {}),
-        bits_per_weight=mean_bits(skeleton, schemes),
+        bits_per_weight=mean_bits(skeleton, schemes, job.fmt),
         kept_modules=job.kept,
         serving=[asdict(each) for each in minded],
     )
@@ -194,6 +205,7 @@ def quantize(
         report.options["intermediate_size"] = list(padding)
     options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": format}
     options |= {"--act-order": act_order}
+    options |= {"--dtype": dtype}
     options |= {"--from-search": str(from_search), "--save-search": str(save_search)}
     options |= {"--trust-remote-code": trust_remote_code, "--pad-intermediate": pad_intermediate}
     options |= {"--tensor-parallel": tensor_parallel}

@@ -18,7 +18,7 @@ from salience.calibration import Calibration, micro_batch
 from salience.checkpoint import Checkpoint
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
-from salience.formats import Format, stored_config
+from salience.formats import Dense, Format, stored_config
 from salience.machine import (
     available_ram_bytes,
     fast_matmul,
@@ -32,7 +32,7 @@ from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
 from salience.structure import Fold, codable, find_blocks, linears, weight_of
 
-_FLOAT_BYTES = 2  # what is not quantized is written in fp16
+_FLOAT_BYTES = 2  # what is not quantized is written in fp16 or bf16
 _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
 _TRIAL_COLUMNS = 256  # of the search that is timed: so few that products with H cost little
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
@@ -113,7 +113,7 @@ def make_plan(
     check_act_order(method, fmt)
     names = {name for name, _ in model.named_parameters()} & weights.names()
     source_bytes = sum(weights.nbytes(name) for name in names)
-    disk = checkpoint_bytes(model, schemes)
+    disk = checkpoint_bytes(model, schemes, fmt)
     try:
         budget = choose_budget(source, model, schemes, calibration, method, device, max_memory)
         advice = []
@@ -133,7 +133,7 @@ def make_plan(
         device=str(device),
         parameters=sum(p.numel() for p in model.parameters()),
         quantized_parameters=sum(rows * columns for rows, columns in shapes.values()),
-        bits_per_weight=mean_bits(model, schemes),
+        bits_per_weight=mean_bits(model, schemes, fmt),
         source_bytes=source_bytes,
         disk_bytes=disk,
         temporary_bytes=temporary,
@@ -243,8 +243,10 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return rows, columns
 
 
-def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme]) -> float:
+def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) -> float:
     """Stored bits a quantized weight, scales and zeros included."""
+    if isinstance(fmt, Dense):
+        return 8.0 * _FLOAT_BYTES
     shapes = _shapes(model, schemes)
     bits = sum(
         rows * columns * schemes[name].bits_per_weight(columns)
@@ -253,11 +255,11 @@ def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme]) -> float:
     return bits / max(1, sum(rows * columns for rows, columns in shapes.values()))
 
 
-def checkpoint_bytes(model: Any, schemes: Mapping[str, Scheme]) -> int:
+def checkpoint_bytes(model: Any, schemes: Mapping[str, Scheme], fmt: Format) -> int:
     """Size of the written checkpoint."""
     quantized = sum(rows * columns for rows, columns in _shapes(model, schemes).values())
     others = sum(p.numel() for p in model.parameters()) - quantized
-    return round(quantized * mean_bits(model, schemes) / 8) + others * _FLOAT_BYTES
+    return round(quantized * mean_bits(model, schemes, fmt) / 8) + others * _FLOAT_BYTES
 
 
 def device_memory(

@@ -167,12 +167,15 @@ class Source:
             self.tokenizer.save_pretrained(folder)
             GenerationConfig.from_model_config(self.config).save_pretrained(folder)
             return
-        names = list(_ASSETS)
-        if self.trust_remote_code:
-            names += [path.name for path in self.path.glob("*.py")]
-        for name in names:
-            if (self.path / name).is_file():
-                (folder / name).write_bytes((self.path / name).read_bytes())
+        copy_assets(self.path, folder, self.trust_remote_code)
+
+
+def copy_assets(source: Path, folder: Path, code: bool) -> None:
+    """Copy what runtimes need beside the weights, and the model's own Python code if `code`."""
+    names = [*_ASSETS, *(path.name for path in source.glob("*.py") if code)]
+    for name in names:
+        if (source / name).is_file():
+            (folder / name).write_bytes((source / name).read_bytes())
 
 
 def open_source(model: str, trust_remote_code: bool = False) -> Source:
@@ -187,7 +190,7 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
     """
     from transformers import AutoConfig
 
-    path = _locate(model)
+    path = locate(model)
     if path.is_dir() and not (path / "config.json").is_file():
         raise SalienceError(f"{path} has no config.json; is it a model folder?")
     # Broken files are found here, before Transformers reads them with errors of its own.
@@ -203,10 +206,6 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
             trust_remote_code=trust_remote_code,
             **({"gguf_file": path.name} if path.is_file() else {}),
         )
-    beside = path / "quantize_config.json"
-    if beside.is_file() and not getattr(config, "quantization_config", None):
-        # Where AutoGPTQ writes it, and for a time it wrote it nowhere else. It named no method.
-        config.quantization_config = {"quant_method": "gptq", **read_json(beside)}
     return Source(model, path, stored, config, trust_remote_code)
 
 
@@ -265,7 +264,12 @@ def _foreign_errors(what: str) -> Iterator[None]:
         raise SalienceError(f"{what}: {_reason(error)}") from None
 
 
-def _locate(model: str) -> Path:
+def locate(model: str) -> Path:
+    """The folder or `.gguf` file of a model by the name a user has for it.
+
+    Raises:
+        SalienceError: there is none.
+    """
     path = Path(model)
     if model in PACKAGED and not path.exists():
         package, file, install = PACKAGED[model]

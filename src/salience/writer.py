@@ -19,6 +19,8 @@ from salience.errors import SalienceError, StorageError
 from salience.machine import free_disk_bytes
 
 SHARD_BYTES = 2**29
+# What float tensors may be stored in, by the name that configs and the command line have for it.
+FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -139,6 +141,31 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
         for name in order:
             data = tensors.pop(name).detach().contiguous().cpu().flatten()
             file.write(data.view(torch.uint8).numpy().data)
+
+
+def float_dtype(name: str) -> torch.dtype:
+    """The dtype called `name`.
+
+    Raises:
+        SalienceError: it is none that float tensors are stored in.
+    """
+    if name not in FLOAT_DTYPES:
+        raise SalienceError(f"--dtype {name!r} is not one of {' and '.join(FLOAT_DTYPES)}")
+    return FLOAT_DTYPES[name]
+
+
+def to_dtype(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A float tensor as it is stored.
+
+    Raises:
+        SalienceError: it overflows `dtype`.
+    """
+    stored = tensor.detach().to(dtype)
+    if not torch.isfinite(stored).all():
+        half = dtype == torch.float16
+        mend = "fp16, which the checkpoint stores; use --dtype bfloat16" if half else "bf16"
+        raise SalienceError(f"tensor {name} overflows {mend}")
+    return stored
 
 
 def write_json(path: Path, value: object) -> None:

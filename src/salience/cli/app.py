@@ -55,6 +55,12 @@ class FormatName(str, Enum):
     bitsandbytes = "bitsandbytes"
     gptq = "gptq"
     bitsandbytes_int8 = "bitsandbytes-int8"
+    dense = "dense"
+
+
+class DtypeName(str, Enum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]
@@ -94,7 +100,11 @@ MemoryOption = Annotated[
     typer.Option("--max-memory", help="Most memory of --device to use, such as 8GiB."),
 ]
 FormatOption = Annotated[
-    FormatName | None, typer.Option("--format", help="Checkpoint format (default awq).")
+    FormatName | None,
+    typer.Option(
+        "--format",
+        help="Checkpoint format (default awq); dense: scales folded in, nothing rounded.",
+    ),
 ]
 TextOption = Annotated[
     str,
@@ -218,6 +228,9 @@ def quantize(
     skip: SkipOption = None,
     only: OnlyOption = None,
     format: FormatOption = None,
+    dtype: Annotated[
+        DtypeName, typer.Option("--dtype", help="Of what is stored float.")
+    ] = DtypeName.float16,
     calibration: TextOption = "pydoc",
     samples: SamplesOption = 128,
     seqlen: SeqlenOption = 512,
@@ -260,6 +273,7 @@ def quantize(
             skip=tuple(skip or ()),
             only=tuple(only or ()),
             format=format and format.value,
+            dtype=dtype.value,
             calibration=Calibration(calibration, samples, seqlen, seed),
             device=device,
             max_memory=parse_size(max_memory),
@@ -309,6 +323,43 @@ def _rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:
             raise SalienceError(f'--rule {text!r} is not understood; write it "REGEX=SCHEME"')
         rules.append((pattern, Scheme.parse(scheme)))
     return tuple(rules)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="A quantized checkpoint folder, or its Hub name.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")],
+    format: Annotated[
+        FormatName, typer.Option("--format", help="Format to write. dense: dequantized weights.")
+    ],
+    dtype: Annotated[
+        DtypeName | None,
+        typer.Option("--dtype", help="Of --format dense (default the checkpoint's own)."),
+    ] = None,
+    trust_remote_code: TrustOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Write a quantized checkpoint in another format: the same codes and scales, or a refusal."""
+    from salience.converting import convert as run
+
+    with progress_bar("convert") as progress:
+        result = run(
+            model,
+            out,
+            format.value,
+            dtype=dtype and dtype.value,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if json:
+        print_json(asdict(result))
+        return
+    kept = "codes and scales are the same" if result.lossless else "dequantized, no codes are left"
+    stdout.print(
+        f"{escape(str(out))}: {result.linears} linears from {result.source_format} to "
+        f"{result.format}, {kept}; {size(result.bytes)}, {result.seconds:.0f} s, "
+        f"{size(result.peak_rss_bytes)} peak"
+    )
 
 
 @app.command()

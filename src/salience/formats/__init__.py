@@ -5,7 +5,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from salience.checkpoint import Checkpoint
+from salience.checkpoint import Checkpoint, read_json
 from salience.errors import SalienceError
 from salience.formats.autoawq import AutoAwq
 from salience.formats.awq_gemv import AwqGemv
@@ -13,6 +13,7 @@ from salience.formats.base import Format, Reader
 from salience.formats.bitsandbytes import BitsAndBytes
 from salience.formats.bitsandbytes_int8 import BitsAndBytesInt8
 from salience.formats.compressed_tensors import CompressedTensors
+from salience.formats.dense import Dense
 from salience.formats.gptq import Gptq
 from salience.formats.llm_awq import AwqGemvFast, LlmAwq, implied_config
 
@@ -25,6 +26,7 @@ FORMATS: tuple[Format, ...] = (
     Gptq(version=2),
 )
 READ_ONLY: tuple[Reader, ...] = (AwqGemv(), AwqGemvFast(), LlmAwq())
+_TARGETS: tuple[Format, ...] = (*FORMATS, Dense())
 
 __all__ = [
     "FORMATS",
@@ -35,6 +37,7 @@ __all__ = [
     "BitsAndBytes",
     "BitsAndBytesInt8",
     "CompressedTensors",
+    "Dense",
     "Format",
     "Gptq",
     "LlmAwq",
@@ -60,15 +63,15 @@ _REFUSED = {
 
 
 def get_format(name: str) -> Format:
-    """The format called `name`, to write.
+    """The format called `name`, to write; "dense" included.
 
     Raises:
         SalienceError: there is none, or it is only read.
     """
-    for fmt in FORMATS:
+    for fmt in _TARGETS:
         if fmt.name == name:
             return fmt
-    names = " or ".join(_names(FORMATS))
+    names = " or ".join(_names(_TARGETS))
     if any(fmt.name == name for fmt in READ_ONLY):
         raise SalienceError(f"format {name} is read, not written; use {names}")
     raise SalienceError(f"there is no format {name!r}; use {names}")
@@ -120,4 +123,10 @@ def stored_config(model_config: Any, stored: Checkpoint | None = None) -> dict[s
             raise SalienceError(f"{key} of config.json must be an object, not {config!r}")
         if config:
             return dict(config)
-    return None if stored is None else implied_config(stored)
+    if stored is None:
+        return None
+    beside = stored.path / "quantize_config.json"
+    if beside.is_file():
+        # Where AutoGPTQ writes it, and for a time it wrote it nowhere else. It named no method.
+        return {"quant_method": "gptq", **read_json(beside)}
+    return implied_config(stored)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from salience.errors import SalienceError
 from salience.formats._awq import BITS, config_scheme, matrix, need, variant
-from salience.packing import deinterleave_awq, interleave_awq, pack, unpack
+from salience.packing import interleave_awq, pack, unpack_awq
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 from salience.serving import with_fused
@@ -61,6 +61,13 @@ class AutoAwq:
                 )
 
     def write(self, qt: QTensor) -> dict[str, Tensor]:
+        """The stored tensors.
+
+        Raises:
+            SalienceError: groups in activation order.
+        """
+        if qt.g_idx is not None:
+            raise SalienceError("--format awq holds no groups in activation order")
         return {
             "qweight": pack(interleave_awq(qt.q.T), BITS),
             "qzeros": pack(interleave_awq(qt.zeros.T), BITS),
@@ -74,8 +81,7 @@ class AutoAwq:
         matrix("qzeros", qzeros, torch.int32)
         if scales.ndim != 2:
             raise SalienceError(f"scales must be a matrix, not {list(scales.shape)}")
-        codes = deinterleave_awq(unpack(qweight, BITS)).T.contiguous()
-        zeros = deinterleave_awq(unpack(qzeros, BITS)).T.contiguous()
+        codes, zeros = unpack_awq(qweight), unpack_awq(qzeros)
         return QTensor(codes, scales.T.contiguous(), zeros, scheme)
 
     def config(

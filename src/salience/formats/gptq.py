@@ -67,7 +67,7 @@ class Gptq:
         own = {**config, **_override(config, name)}
         # What older files leave out is symmetric: upstream's default.
         bits, group_size, sym = own.get("bits"), own.get("group_size"), own.get("sym", True)
-        if bits not in _BITS or not isinstance(group_size, int) or not isinstance(sym, bool):
+        if bits not in _BITS or type(group_size) is not int or not isinstance(sym, bool):
             raise SalienceError(
                 f"quantization_config has bits {bits!r}, group_size {group_size!r} and sym "
                 f"{sym!r}; a gptq checkpoint has bits 2, 3, 4 or 8 and a group size"
