@@ -5,13 +5,14 @@ from dataclasses import asdict
 from typing import Any
 
 from salience.checkpoint import read_json
+from salience.containers import make_writer
 from salience.conversion import stored_owner, stored_tensors
 from salience.engine import to_half
 from salience.job import Job
 from salience.journal import Journal
 from salience.modules import embeddings
 from salience.report import REPORT_NAME, BlockReport, LinearReport, Report
-from salience.writer import ShardWriter, disk_errors
+from salience.writer import disk_errors, write_json
 
 
 def collect(job: Job, journal: Journal, report: Report) -> None:
@@ -37,7 +38,11 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
         if journal.final.exists():
             shutil.rmtree(journal.final)  # of a run that was killed while it wrote
         journal.final.mkdir()
-    writer = ShardWriter(journal.final)
+    config = _config(job)
+    with disk_errors(journal.final):
+        job.source.save_assets(journal.final)
+    write_json(journal.final / "config.json", config)
+    writer = make_writer(job.fmt, journal.final, job.source, job.skeleton, job.weights, config)
     for index in range(_pieces(job)):
         job.progress("shard", index, len(job.blocks))
         with journal.block(index) as block:
@@ -58,10 +63,7 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
     for name in job.parted_heads():
         tied = next(iter(embeddings(job.skeleton)))
         writer.add(f"{name}.weight", to_half(job.float_tensor(f"{tied}.weight"), name))
-    writer.write_json("config.json", _config(job))
     writer.write_json(REPORT_NAME, asdict(report))
-    with disk_errors(journal.final):
-        job.source.save_assets(journal.final)
     writer.finish()
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from salience import kernels
-from salience.checkpoint import Checkpoint, read_json
+from salience.checkpoint import Checkpoint, GgufCheckpoint, read_json
 from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
 from salience.formats.base import Format
@@ -59,6 +59,8 @@ def load_source(
     model = source.skeleton(dtype)
     weights = source.weights(model)
     config = stored_config(source.config)
+    if config is None and isinstance(source.stored, GgufCheckpoint):
+        config = {"quant_method": "gguf"}  # by another tool; blocks of exact codes stay as they are
     packed = _fill_quantized(model, weights, config, place, kernel) if config else set()
     tied: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):

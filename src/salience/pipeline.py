@@ -20,6 +20,7 @@ import torch
 
 from salience.assemble import assemble, collect
 from salience.calibration import Calibration
+from salience.containers import check_container
 from salience.engine import run_blocks
 from salience.errors import SalienceError
 from salience.formats import get_format
@@ -72,8 +73,8 @@ def quantize(
             input embeddings too.
         skip: patterns of linears that stay float.
         only: patterns, one of which a linear must match to be quantized.
-        format: "awq" (AutoAWQ's gemm layout), "compressed-tensors", or "bitsandbytes" for nf4; None
-            is the first, or the last for nf4.
+        format: "awq" (AutoAWQ's gemm layout), "compressed-tensors", "gguf" (for llama.cpp), or
+            "bitsandbytes" for nf4; None is the first, or the last for nf4.
         calibration: which text; None is 128 sequences of 512 tokens of Python's documentation.
         device: where blocks run, "auto" for the GPU if there is one.
         max_memory: bytes the work may take on its device; None for what is free.
@@ -131,6 +132,7 @@ def quantize(
         on_block=on_block or (lambda _report: None),
     )
     check_source(source, skeleton, job.weights)
+    check_container(job.fmt, source)
     for each in schemes.values():
         check_method(get_method(method, effort), each)
         if save_search is not None and each.codebook is not None:
@@ -141,7 +143,7 @@ def quantize(
     text = (calibration or Calibration()) if chosen.reads_text else None
     budget = choose_budget(source, skeleton, schemes, text, chosen, place, max_memory)
     if not is_published(target):
-        need = 2 * checkpoint_bytes(skeleton, schemes) + budget.temporary_bytes
+        need = 2 * checkpoint_bytes(skeleton, schemes, job.fmt) + budget.temporary_bytes
         check_disk(target, need - held_bytes(target))
     tokens = text.tokens(source.tokenizer) if text else None
     report = Report(
@@ -155,7 +157,7 @@ def quantize(
         device=str(place),
         versions=versions(),
         options=recipe.describe(),
-        bits_per_weight=mean_bits(skeleton, schemes),
+        bits_per_weight=mean_bits(skeleton, schemes, job.fmt),
         kept_modules=job.kept,
     )
     options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": format}

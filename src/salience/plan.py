@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from salience.calibration import Calibration, micro_batch
 from salience.checkpoint import Checkpoint
+from salience.containers import check_container
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import Format, stored_config
+from salience.formats.gguf import block_bits
 from salience.machine import (
     available_ram_bytes,
     fast_matmul,
@@ -108,10 +110,11 @@ def make_plan(
     model = source.skeleton()
     weights = source.weights(model)
     check_source(source, model, weights)
+    check_container(fmt, source)
     check_schemes(model, schemes, fmt)
     names = {name for name, _ in model.named_parameters()} & weights.names()
     source_bytes = sum(weights.nbytes(name) for name in names)
-    disk = checkpoint_bytes(model, schemes)
+    disk = checkpoint_bytes(model, schemes, fmt)
     try:
         budget = choose_budget(source, model, schemes, calibration, method, device, max_memory)
         advice = []
@@ -131,7 +134,7 @@ def make_plan(
         device=str(device),
         parameters=sum(p.numel() for p in model.parameters()),
         quantized_parameters=sum(rows * columns for rows, columns in shapes.values()),
-        bits_per_weight=mean_bits(model, schemes),
+        bits_per_weight=mean_bits(model, schemes, fmt),
         source_bytes=source_bytes,
         disk_bytes=disk,
         temporary_bytes=temporary,
@@ -229,21 +232,24 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     return rows, columns
 
 
-def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme]) -> float:
+def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) -> float:
     """Stored bits a quantized weight, scales and zeros included."""
+
+    def stored(scheme: Scheme, columns: int) -> float:
+        return block_bits(scheme) if fmt.container == "gguf" else scheme.bits_per_weight(columns)
+
     shapes = _shapes(model, schemes)
     bits = sum(
-        rows * columns * schemes[name].bits_per_weight(columns)
-        for name, (rows, columns) in shapes.items()
+        rows * columns * stored(schemes[name], columns) for name, (rows, columns) in shapes.items()
     )
     return bits / max(1, sum(rows * columns for rows, columns in shapes.values()))
 
 
-def checkpoint_bytes(model: Any, schemes: Mapping[str, Scheme]) -> int:
+def checkpoint_bytes(model: Any, schemes: Mapping[str, Scheme], fmt: Format) -> int:
     """Size of the written checkpoint."""
     quantized = sum(rows * columns for rows, columns in _shapes(model, schemes).values())
     others = sum(p.numel() for p in model.parameters()) - quantized
-    return round(quantized * mean_bits(model, schemes) / 8) + others * _FLOAT_BYTES
+    return round(quantized * mean_bits(model, schemes, fmt) / 8) + others * _FLOAT_BYTES
 
 
 def device_memory(

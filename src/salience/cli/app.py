@@ -52,6 +52,7 @@ class FormatName(str, Enum):
     awq = "awq"
     compressed_tensors = "compressed-tensors"
     bitsandbytes = "bitsandbytes"
+    gguf = "gguf"
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]

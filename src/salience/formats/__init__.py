@@ -8,8 +8,9 @@ from salience.formats.autoawq import AutoAwq
 from salience.formats.base import Format
 from salience.formats.bitsandbytes import BitsAndBytes
 from salience.formats.compressed_tensors import CompressedTensors
+from salience.formats.gguf import Gguf
 
-FORMATS: tuple[Format, ...] = (AutoAwq(), CompressedTensors(), BitsAndBytes())
+FORMATS: tuple[Format, ...] = (AutoAwq(), CompressedTensors(), BitsAndBytes(), Gguf())
 
 __all__ = [
     "FORMATS",
@@ -17,6 +18,7 @@ __all__ = [
     "BitsAndBytes",
     "CompressedTensors",
     "Format",
+    "Gguf",
     "detect_format",
     "get_format",
     "stored_config",

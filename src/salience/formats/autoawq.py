@@ -34,6 +34,7 @@ class AutoAwq:
     tensors: frozenset[str] = frozenset({"qweight", "qzeros", "scales"})
     marker: str = "qweight"
     heads: bool = False
+    container: str = "safetensors"
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         version = str(config.get("version", config.get("format", "gemm"))).lower()

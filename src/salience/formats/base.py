@@ -26,6 +26,11 @@ class Format(Protocol):
         ...
 
     @property
+    def container(self) -> str:
+        """What the tensors are kept in: "safetensors" or "gguf"."""
+        ...
+
+    @property
     def heads(self) -> bool:
         """Whether readers take quantized linears outside the decoder's blocks, such as the head."""
         ...

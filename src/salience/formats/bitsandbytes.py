@@ -41,6 +41,7 @@ class BitsAndBytes:
     tensors: frozenset[str] = _PLAIN | _NESTED
     marker: str = "weight.absmax"
     heads: bool = False
+    container: str = "safetensors"
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "bitsandbytes"

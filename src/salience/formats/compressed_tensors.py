@@ -46,6 +46,7 @@ class CompressedTensors:
     )
     marker: str = "weight_packed"
     heads: bool = True
+    container: str = "safetensors"
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "compressed-tensors"
