@@ -17,7 +17,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -204,6 +204,7 @@ def _write_header(
 ) -> Any:
     """Begin the file; returns it, open, where the table of tensors is to come."""
     import gguf
+    import numpy
 
     writer = gguf.GGUFWriter(folder / FILE_NAME, arch)
     for key, value in metadata.items():
@@ -215,14 +216,14 @@ def _write_header(
         for key, value in vocabulary(folder, tokens).items():
             writer.add_key_value(key, value, _kind(value))
         merges = not is_sentencepiece(read_json(folder / "tokenizer.json"))
-        gguf.SpecialVocab(folder, load_merges=merges, n_vocab=tokens).add_to_gguf(
-            writer, quiet=True
-        )
+        special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=tokens)
+        special.add_to_gguf(writer, quiet=True)
     for i in range(tensors):  # only their number is written here
-        writer.add_tensor_info(str(i), (), "", 0, gguf.GGMLQuantizationType.F32)
+        kind = gguf.GGMLQuantizationType.F32
+        writer.add_tensor_info(str(i), (), numpy.dtype("f4"), 0, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    return writer.fout[0]
+    return cast(list[Any], writer.fout)[0]
 
 
 def _kind(value: Value) -> Any:

@@ -222,7 +222,7 @@ def _config_of(path: Path, values: dict[str, Any]) -> Any:
     """The Transformers config that a GGUF file of ours holds."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    kind = values.get("model_type")
+    kind = str(values.get("model_type"))
     if kind not in CONFIG_MAPPING:
         raise SalienceError(f"{path} has a config of an unknown architecture {kind!r}")
     with _foreign_errors(str(path)):
