@@ -45,7 +45,7 @@ TEXTS = (
     "In 2024, 1234567 people paid $3.50; that's 12% more than in 1999!",
     "  two spaces, a\ttab,\n\nand blank lines   \n end",
     "for i in range(10):\n    print(f'{i:>3}', end=\"\\n\")",
-    "na\u00efve caf\u00e9 \u2014 \u4f60\u597d\u4e16\u754c \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600",
+    "na\u00efve caf\u00e9 \u2014 \u4f60\u597d\u4e16\u754c \u0440\u0438\u0432 \U0001f600",
     "I'LL don't we've IT'S they'd",
 )
 
