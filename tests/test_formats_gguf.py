@@ -443,3 +443,74 @@ def test_unknown_words_warn(tmp_path: Path) -> None:
     refuse(lambda: vocabulary(tmp_path, 12), "neither byte-level BPE")
     (tmp_path / "tokenizer.json").unlink()
     refuse(lambda: vocabulary(tmp_path, 12), "save_pretrained")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float GGUF of a model wide enough for K-quants, as another tool would write it."""
+    folder = tmp_path_factory.mktemp("wide")
+    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    save(make_model(llama_config(**sizes)), folder / "float")
+    options: dict[str, Any] = {"scheme": "w4g32", "method": "rtn", "format": "gguf"}
+    salience.quantize(str(folder / "float"), folder / "gguf", skip=["[qkv]_proj"], **options)
+    return folder / "gguf" / "model.gguf"
+
+
+def by_another_tool(file: Path, out: Path, kind: Q) -> dict[str, np.ndarray[Any, Any]]:
+    """The file without our metadata and with its matrices of blocks in `kind`; their values."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(out, "llama")
+    for key, field in reader.fields.items():
+        if not key.startswith(("GGUF.", "salience.", "general.architecture")):
+            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+    random = np.random.default_rng(0)
+    values = {}
+    for tensor in reader.tensors:
+        data, raw = np.array(tensor.data), None
+        if tensor.tensor_type == Q.Q4_1:
+            weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+            data, raw = encode(weight, kind, random), kind
+            values[tensor.name] = gguf.dequantize(data, kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+def encode(weight: np.ndarray[Any, Any], kind: Q, random: np.random.Generator) -> Any:
+    """A weight in a type; random bytes with small scales where gguf cannot encode."""
+    if kind not in (Q.Q4_K, Q.Q6_K):
+        return gguf.quantize(weight, kind)
+    size = {Q.Q4_K: 144, Q.Q6_K: 210}[kind]
+    blocks = random.integers(0, 256, (*weight.shape[:-1], weight.shape[-1] // 256, size))
+    blocks = blocks.astype(np.uint8)
+    scale = np.frombuffer(np.float16(1e-4).tobytes(), dtype=np.uint8)
+    for start in (0, 2) if kind is Q.Q4_K else (208,):
+        blocks[..., start : start + 2] = scale
+    return blocks.reshape(weight.shape[0], -1)
+
+
+@pytest.mark.parametrize("kind", [Q.Q4_0, Q.Q4_1, Q.Q8_0, Q.Q4_K, Q.Q6_K])
+def test_files_of_others_as_sources(wide: Path, tmp_path: Path, kind: Q) -> None:
+    file = tmp_path / "other.gguf"
+    values = by_another_tool(wide, file, kind)
+    down = "model.layers.0.mlp.down_proj"
+    expected = torch.from_numpy(values["blk.0.ffn_down.weight"].copy())
+    source = open_source(str(file))
+    weights = source.weights(source.skeleton())
+    assert torch.equal(weights.tensor(f"{down}.weight"), expected)
+    # What is codes, scales and zeros stays so; anything else is dequantized, as before.
+    model = load(file, device="cpu")
+    packed = isinstance(model.get_submodule(down), QuantLinear)
+    assert packed == (kind in (Q.Q4_0, Q.Q8_0))
+    x = torch.randn(3, 256)
+    assert error(model.get_submodule(down)(x), x @ expected.T) < 1e-5
+    assert not isinstance(model.get_submodule("model.layers.0.self_attn.q_proj"), QuantLinear)
+    if kind in (Q.Q4_0, Q.Q6_K):
+        out = tmp_path / "again"
+        salience.quantize(str(file), out, scheme="w4g32", method="rtn", format="gguf")
+        again = GgufCheckpoint(out / "model.gguf")
+        assert again.fields("tokenizer.").keys() == source.stored.fields("tokenizer.").keys()  # type: ignore[attr-defined]
+        assert torch.isfinite(logits(load(out, device="cpu"))).all()
