@@ -12,7 +12,7 @@ import salience
 from salience import plan as module
 from salience.calibration import Calibration
 from salience.errors import DoesNotFitError, SalienceError
-from salience.formats import AutoAwq, get_format
+from salience.formats import AutoAwq, Gguf, get_format
 from salience.methods import get_method
 from salience.plan import Budget, Plan, checkpoint_bytes, choose_budget, device_memory, make_plan
 from salience.recipe import Recipe
@@ -291,3 +291,5 @@ def test_checkpoint_bytes_by_hand(llama: Path) -> None:
     groups = 3 * per_block // 32 * 20 // 8
     schemes = schemes_of(model, Recipe(Scheme(4, 32)))
     assert checkpoint_bytes(model, schemes, AutoAwq()) == codes + groups + 2 * floats
+    # GGUF has a scale and a minimum for each 32 columns: 20 bytes.
+    assert checkpoint_bytes(model, schemes, Gguf()) == 3 * per_block // 32 * 20 + 2 * floats

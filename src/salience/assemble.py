@@ -4,6 +4,7 @@ import shutil
 from dataclasses import asdict
 from typing import Any
 
+from salience.containers import make_writer
 from salience.conversion import stored_tensors
 from salience.errors import StorageError
 from salience.formats import Dense
@@ -11,7 +12,7 @@ from salience.job import Job
 from salience.journal import Journal
 from salience.modules import embeddings
 from salience.report import REPORT_NAME, BlockReport, LinearReport, Report
-from salience.writer import ShardWriter, disk_errors, to_dtype
+from salience.writer import disk_errors, to_dtype, write_json
 
 
 def collect(job: Job, journal: Journal, report: Report) -> None:
@@ -47,7 +48,13 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
         if journal.final.exists():
             shutil.rmtree(journal.final)  # of a run that was killed while it wrote
         journal.final.mkdir()
-    writer = ShardWriter(journal.final)
+    config = _config(job)
+    with disk_errors(journal.final):
+        job.source.save_assets(journal.final)
+    write_json(journal.final / "config.json", config)
+    if job.fmt.config_file is not None:
+        write_json(journal.final / job.fmt.config_file, config["quantization_config"])
+    writer = make_writer(job.fmt, journal.final, job.source, job.skeleton, job.weights, config)
     for index in range(_pieces(job)):
         job.progress("shard", index, len(job.blocks))
         with journal.block(index) as block:
@@ -69,13 +76,7 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
         tied = next(iter(embeddings(job.skeleton)))
         weight = job.float_tensor(f"{tied}.weight")
         writer.add(f"{name}.weight", to_dtype(weight, name, job.dtype))
-    config = _config(job)
-    writer.write_json("config.json", config)
-    if job.fmt.config_file is not None:
-        writer.write_json(job.fmt.config_file, config["quantization_config"])
     writer.write_json(REPORT_NAME, asdict(report))
-    with disk_errors(journal.final):
-        job.source.save_assets(journal.final)
     writer.finish()
 
 

@@ -16,6 +16,10 @@ from salience.pt_checkpoint import PtCheckpoint, pt_files
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 INDEX_NAME = "model.safetensors.index.json"
+CONFIG_KEY = "salience.config"  # in a GGUF file's metadata: the config.json of the model
+BLOCKS = ".blocks"
+# Types of 32-column blocks, which may be codes, scales and zeros as a QTensor has them.
+_BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
 class Checkpoint(Protocol):
@@ -125,7 +129,8 @@ class SafetensorsCheckpoint:
 class GgufCheckpoint:
     """A `.gguf` file under its own tensor names; quantized blocks are dequantized by `gguf`.
 
-    `layers` is how many layers it says it has, 0 if it does not say.
+    `layers` is how many layers it says it has, 0 if it does not say. Blocks of 32 columns are also
+    to be had as they are: of a tensor "x", as "x.blocks", uint8 [out, in / 32, bytes of a block].
 
     Raises:
         SalienceError: not a GGUF file, or a truncated one.
@@ -148,6 +153,7 @@ class GgufCheckpoint:
             ) from None
         if not self.architecture:
             raise SalienceError(f"{path} does not name its architecture; convert it again")
+        self._reader = reader
         # The tensors are views of the file; the reader itself holds the vocabulary in memory.
         self._tensors = {tensor.name: tensor for tensor in reader.tensors}
 
@@ -155,16 +161,47 @@ class GgufCheckpoint:
         return set(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name.endswith(BLOCKS):
+            return tuple(self.tensor(name).shape)
         return tuple(int(n) for n in reversed(self._known(name).shape))
 
     def nbytes(self, name: str) -> int:
-        return int(self._known(name).n_bytes)
+        return int(self._known(name.removesuffix(BLOCKS)).n_bytes)
+
+    def config(self) -> dict[str, Any] | None:
+        """The config.json that salience wrote into the file; None of files by others.
+
+        Raises:
+            SalienceError: it is none.
+        """
+        field = self._reader.get_field(CONFIG_KEY)
+        if field is None:
+            return None
+        try:
+            value = json.loads(str(field.contents()))
+        except (ValueError, RecursionError) as error:
+            raise SalienceError(f"{CONFIG_KEY} of {self.path} is no JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise SalienceError(f"{CONFIG_KEY} of {self.path} should be a JSON object")
+        return value
+
+    def fields(self, prefix: str) -> dict[str, Any]:
+        """The metadata whose keys begin with `prefix`, as `gguf` has it."""
+        return {k: field for k, field in self._reader.fields.items() if k.startswith(prefix)}
+
+    def has_blocks(self, name: str) -> bool:
+        """Whether a tensor is a matrix of 32-column blocks."""
+        tensor = self._known(name)
+        return len(tensor.shape) == 2 and tensor.tensor_type.name in _BLOCK_BYTES
 
     def tensor(self, name: str) -> Tensor:
         import gguf
         import numpy
 
-        tensor = self._known(name)
+        tensor = self._known(name.removesuffix(BLOCKS))
+        if name.endswith(BLOCKS):
+            blocks = torch.from_numpy(numpy.array(tensor.data, dtype=numpy.uint8))
+            return blocks.unflatten(1, (-1, _BLOCK_BYTES[tensor.tensor_type.name]))
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
@@ -195,7 +232,9 @@ class RenamedCheckpoint:
         self.path = inner.path
         self._inner = inner
         self._stored = {
-            name: stored for name, stored in stored_names.items() if stored in inner.names()
+            name: stored
+            for name, stored in stored_names.items()
+            if stored.removesuffix(BLOCKS) in inner.names()
         }
         self._convert = convert
 
@@ -222,6 +261,8 @@ class RenamedCheckpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """The tensors of a model: of a `.gguf` file, or of a folder by what is in it.
 
+    A folder without other weights may hold one such file.
+
     Raises:
         SalienceError: none of its kinds, or a broken file.
     """
@@ -229,7 +270,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
         return GgufCheckpoint(path)
     if not any(path.glob("*.safetensors")) and not (path / INDEX_NAME).exists() and pt_files(path):
         return PtCheckpoint(path)
-    return SafetensorsCheckpoint(path)
+    file = only_gguf(path)
+    return SafetensorsCheckpoint(path) if file is None else GgufCheckpoint(file)
+
+
+def only_gguf(folder: Path) -> Path | None:
+    """The `.gguf` file of a folder without other weights.
+
+    Raises:
+        SalienceError: there are several.
+    """
+    files = sorted(folder.glob("*.gguf"))
+    if not files or any(folder.glob("*.safetensors*")):
+        return None
+    if len(files) > 1:
+        raise SalienceError(f"{folder} holds {len(files)} .gguf files; name one, as {files[0]}")
+    return files[0]
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from salience import kernels
-from salience.checkpoint import Checkpoint, read_json
+from salience.checkpoint import Checkpoint, GgufCheckpoint, read_json
 from salience.conversion import ModelWeights
 from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
@@ -109,6 +109,8 @@ def load_source(
     model = source.skeleton(dtype)
     weights = source.weights(model)
     config = stored_config(source.config, source.stored)
+    if config is None and isinstance(source.stored, GgufCheckpoint):
+        config = {"quant_method": "gguf"}  # by another tool; blocks of exact codes stay as they are
     coded = _coded(model, weights, config) if config else {}
     floats = _kept(coded, keep, weights.path)
     loader = _Loader(model, weights, coded, floats, dtype, kernel)

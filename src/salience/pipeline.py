@@ -21,6 +21,7 @@ import torch
 
 from salience.assemble import assemble, collect
 from salience.calibration import Calibration
+from salience.containers import check_container
 from salience.engine import run_blocks
 from salience.errors import SalienceError
 from salience.formats import Dense, get_format
@@ -166,6 +167,7 @@ def quantize(
         on_block=on_block or (lambda _report: None),
     )
     check_source(source, skeleton, job.weights)
+    check_container(job.fmt, source)
     for each in schemes.values():
         check_method(get_method(method, effort), each)
         if save_search is not None and each.codebook is not None:

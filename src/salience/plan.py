@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from salience.calibration import Calibration, micro_batch
 from salience.checkpoint import Checkpoint
+from salience.containers import check_container
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import Dense, Format, stored_config
+from salience.formats.gguf import block_bits
 from salience.machine import (
     available_ram_bytes,
     fast_matmul,
@@ -109,6 +111,7 @@ def make_plan(
     model = source.skeleton()
     weights = source.weights(model)
     check_source(source, model, weights)
+    check_container(fmt, source)
     check_schemes(model, schemes, fmt)
     check_act_order(method, fmt)
     names = {name for name, _ in model.named_parameters()} & weights.names()
@@ -247,10 +250,13 @@ def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) -> f
     """Stored bits a quantized weight, scales and zeros included."""
     if isinstance(fmt, Dense):
         return 8.0 * _FLOAT_BYTES
+
+    def stored(scheme: Scheme, columns: int) -> float:
+        return block_bits(scheme) if fmt.container == "gguf" else scheme.bits_per_weight(columns)
+
     shapes = _shapes(model, schemes)
     bits = sum(
-        rows * columns * schemes[name].bits_per_weight(columns)
-        for name, (rows, columns) in shapes.items()
+        rows * columns * stored(schemes[name], columns) for name, (rows, columns) in shapes.items()
     )
     return bits / max(1, sum(rows * columns for rows, columns in shapes.values()))
 

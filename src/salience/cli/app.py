@@ -55,6 +55,7 @@ class FormatName(str, Enum):
     bitsandbytes = "bitsandbytes"
     gptq = "gptq"
     bitsandbytes_int8 = "bitsandbytes-int8"
+    gguf = "gguf"
     dense = "dense"
 
 

@@ -14,6 +14,7 @@ from salience.formats.bitsandbytes import BitsAndBytes
 from salience.formats.bitsandbytes_int8 import BitsAndBytesInt8
 from salience.formats.compressed_tensors import CompressedTensors
 from salience.formats.dense import Dense
+from salience.formats.gguf import Gguf
 from salience.formats.gptq import Gptq
 from salience.formats.llm_awq import AwqGemvFast, LlmAwq, implied_config
 
@@ -24,6 +25,7 @@ FORMATS: tuple[Format, ...] = (
     BitsAndBytesInt8(),
     Gptq(),
     Gptq(version=2),
+    Gguf(),
 )
 READ_ONLY: tuple[Reader, ...] = (AwqGemv(), AwqGemvFast(), LlmAwq())
 _TARGETS: tuple[Format, ...] = (*FORMATS, Dense())
@@ -39,6 +41,7 @@ __all__ = [
     "CompressedTensors",
     "Dense",
     "Format",
+    "Gguf",
     "Gptq",
     "LlmAwq",
     "Reader",

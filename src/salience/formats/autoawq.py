@@ -36,6 +36,7 @@ class AutoAwq:
     heads: bool = False
     act_order: bool = False
     config_file: str | None = None
+    container: str = "safetensors"
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return variant(config) == "gemm"

@@ -65,6 +65,11 @@ class Format(Reader, Protocol):
         ...
 
     @property
+    def container(self) -> str:
+        """What the tensors are kept in: "safetensors" or "gguf"."""
+        ...
+
+    @property
     def act_order(self) -> bool:
         """Whether it stores the group of each column, which groups in activation order need."""
         ...

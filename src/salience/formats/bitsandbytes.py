@@ -54,6 +54,7 @@ class BitsAndBytes:
     heads: bool = False
     act_order: bool = False
     config_file: str | None = None
+    container: str = "safetensors"
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return loads_in(config, 4)

@@ -38,6 +38,7 @@ class BitsAndBytesInt8:
     tensors: frozenset[str] = frozenset({"weight", "SCB", "weight_format"})
     marker: str = "SCB"
     heads: bool = False
+    container: str = "safetensors"
     act_order: bool = False
     config_file: str | None = None
 

@@ -52,6 +52,7 @@ class CompressedTensors:
     heads: bool = True
     act_order: bool = True
     config_file: str | None = None
+    container: str = "safetensors"
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "compressed-tensors"

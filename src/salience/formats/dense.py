@@ -34,6 +34,7 @@ class Dense:
     tensors: frozenset[str] = frozenset({"weight"})
     marker: str = "weight"
     heads: bool = False
+    container: str = "safetensors"
     act_order: bool = True
     config_file: str | None = None
 

@@ -46,6 +46,7 @@ class Gptq:
     tensors: frozenset[str] = frozenset({"qweight", "qzeros", "scales", "g_idx"})
     marker: str = "qweight"
     heads: bool = False
+    container: str = "safetensors"
     act_order: bool = True
     config_file: str | None = "quantize_config.json"
 
