@@ -93,8 +93,12 @@ def written(fmt: Format, qt: QTensor) -> tuple[dict[str, Tensor], QTensor] | Non
     return tensors, reader.read(tensors, reader.scheme(config, NAME))
 
 
+# LLM.int8 has fp32 scales, which no other format holds; tests of its own are elsewhere.
+EXACT = [fmt for fmt in FORMATS if fmt.name != "bitsandbytes-int8"]
+
+
 @pytest.mark.parametrize(
-    ("a", "b"), list(product(FORMATS, FORMATS)), ids=lambda fmt: getattr(fmt, "name", "")
+    ("a", "b"), list(product(EXACT, EXACT)), ids=lambda fmt: getattr(fmt, "name", "")
 )
 @settings(max_examples=40, deadline=None)
 @given(qt=weights())

@@ -270,9 +270,9 @@ def test_detect(changes: dict[str, Any], version: int) -> None:
 
 
 def test_each_name_is_listed_once() -> None:
-    with pytest.raises(SalienceError, match=r"bitsandbytes-int8 or gptq$"):
+    with pytest.raises(SalienceError, match=r"bitsandbytes-int8 or gptq or gguf or dense$"):
         get_format("magic")
-    with pytest.raises(SalienceError, match=r"bitsandbytes-int8, gptq, awq-gemv"):
+    with pytest.raises(SalienceError, match=r"bitsandbytes-int8, gptq, gguf, awq-gemv"):
         detect_format({"quant_method": "magic"})
     assert get_format("gptq") == V1
 
