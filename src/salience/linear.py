@@ -1,5 +1,8 @@
 """QuantLinear and QuantEmbedding: modules whose weight stays packed."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -52,6 +55,33 @@ class QuantLinear(nn.Module):
         )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def qtensor(self) -> QTensor:
+        """The weight, unpacked: codes, scales and zeros are what they were."""
+        packed = [self.get_buffer(name) for name in self._packed_names]
+        return kernels.backend(self.kernel).unpack(packed, self.scheme, self.in_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to`, `cuda` and `half` do. Scales are never cast: they are exact as they are. On
+        another kind of device the weight is packed anew, for the fastest kernel there.
+        """
+        packed = {name: self.get_buffer(name) for name in self._packed_names}
+        for name in packed:
+            del self._buffers[name]
+        super()._apply(fn, recurse)
+        device = next(iter(packed.values())).device
+        place = fn(torch.empty(0, dtype=torch.uint8, device=device)).device
+        if place.type == device.type:
+            for name, tensor in packed.items():
+                self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            return self
+        self._buffers.update(packed)
+        fresh = QuantLinear(self.qtensor().to(place))
+        self.kernel, self._packed_names = fresh.kernel, fresh._packed_names
+        for name in packed:
+            del self._buffers[name]
+        self._buffers.update(fresh._buffers | {"bias": self.bias})
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, kernel={self.kernel}"
 
@@ -79,6 +109,11 @@ class QuantEmbedding(nn.Module):
         scales, zeros = self.get_buffer("scales")[rows], self.get_buffer("zeros")[rows]
         weight = QTensor(codes, scales, zeros, self.scheme).dequantize(self._dtype)
         return weight.view(*ids.shape, self.embedding_dim)
+
+    def qtensor(self) -> QTensor:
+        """The weight, unpacked."""
+        codes = unpack(self.get_buffer("packed"), self.scheme.bits, self.embedding_dim)
+        return QTensor(codes, self.get_buffer("scales"), self.get_buffer("zeros"), self.scheme)
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
