@@ -7,8 +7,8 @@ Of a linear with N outputs, K inputs and G groups, codes of b = 2, 3, 4 or 8 bit
     scales   fp16  [G, N]          bf16 and fp32 are read too
     g_idx    int32 [K]             group of each column
 
-Both packings are the dense stream of `salience.packing`. The columns lie in their own order: without
-act-order ("desc_act") g_idx[k] = k // group_size, with it only g_idx says which group each is in.
+Both packings are the dense stream of `salience.packing`. The columns lie in their own order; with
+act-order ("desc_act") only g_idx says which group each is in, else it is k // group_size.
 
 There are two versions. The first ("gptq") stores zeros less one, so that 0 has no place: each
 writer makes something else of it and each reader takes it for something else. The second
