@@ -522,6 +522,9 @@ def test_efforts_and_methods(quantize: Run) -> None:
     for method in ("gptq", "rtn", "nf4"):
         line = quantize("--effort", "balanced", "--method", method)
         assert f"--effort balanced is for --method awq, not {method}" in line
+    assert "--act-order is for --method gptq, not awq" in quantize("--act-order")
+    line = quantize("--act-order", "--method", "gptq", "--format", "compressed-tensors")
+    assert "--format compressed-tensors has no place for the groups of --act-order" in line
     assert "--method awq makes no nf4; use --method nf4" in quantize("--scheme", "nf4")
     assert "--method nf4 makes no w4g32; use --scheme nf4" in quantize("--method", "nf4")
     assert "best" in quantize("--effort", "best")
@@ -639,10 +642,10 @@ def test_text_to_evaluate(refuse: Run, model: Path, tmp_path: Path) -> None:
 
 
 def test_checkpoint_that_is_not_read(refuse: Run, model: Path) -> None:
-    edit_config(model, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit_config(model, quantization_config={"quant_method": "magic", "bits": 4})
     for command in (("eval",), ("chat", "--prompt", "hello"), ("inspect",)):
         line = refuse(command[0], model, *command[1:])
-        assert "'quant_method': 'gptq'" in line and "it reads awq" in line
+        assert "'quant_method': 'magic'" in line and "it reads awq" in line
 
 
 def test_generation_config_of_no_use(refuse: Run, model: Path) -> None:

@@ -137,7 +137,7 @@ def test_detect(config: dict[str, Any]) -> None:
     "config",
     [
         {},
-        {"quant_method": "gptq", "bits": 4, "group_size": 64},
+        {"quant_method": "magic", "bits": 4, "group_size": 64},
         {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv"},
         {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemv_fast"},
         {"quant_method": "awq", "bits": 4, "group_size": 64, "format": "marlin"},
@@ -190,9 +190,9 @@ def test_check() -> None:
 
 def test_get_format_refuses() -> None:
     with pytest.raises(
-        SalienceError, match="there is no format 'gptq'; use awq or compressed-tensors or"
+        SalienceError, match="there is no format 'magic'; use awq or compressed-tensors or"
     ):
-        get_format("gptq")
+        get_format("magic")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ LAYERS = {
     "salience.formats.autoawq": 20,
     "salience.formats.bitsandbytes": 20,
     "salience.formats.compressed_tensors": 20,
+    "salience.formats.gptq": 20,
     "salience.formats": 21,
     "salience.linear": 30,
     "salience.modules": 28,

@@ -111,11 +111,31 @@ def test_kernel_that_does_not_fit() -> None:
         QuantLinear(make(), kernel="nonsense")
 
 
-def test_activation_order_takes_the_kernel_that_can() -> None:
+@pytest.mark.parametrize("kernel", ["auto", "cpu_int4", "reference"])
+@pytest.mark.parametrize("tokens", [(3,), (2, 3), (100,)])
+def test_activation_order(kernel: str, tokens: tuple[int, ...]) -> None:
+    """Columns of one group are put side by side, so any kernel will do."""
     qt = make()
-    g_idx = (torch.arange(64) % 2).int()
+    g_idx = (torch.arange(64) // 32)[torch.randperm(64)].int()
     moved = QTensor(qt.q, qt.scales, qt.zeros, qt.scheme, g_idx)
+    linear = QuantLinear(moved, kernel=kernel)
+    assert linear.kernel == ("reference" if kernel == "reference" else "cpu_int4")
+    x = torch.randn(*tokens, 64)
+    want = x.double() @ moved.dequantize().double().T
+    tolerance = 1e-5 if kernel == "reference" else 1e-2
+    assert (linear(x) - want).norm() <= tolerance * want.norm()
+    compiled = torch.compile(linear, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), linear(x))
+
+
+def test_groups_of_many_sizes_take_the_kernel_that_can() -> None:
+    qt = make()
+    g_idx = (torch.arange(64) % 3 // 2).int()
+    moved = QTensor(qt.q, qt.scales, qt.zeros, qt.scheme, g_idx)
+    with pytest.raises(SalienceError, match="cpu_int4 takes no act-order weight; use reference"):
+        QuantLinear(moved, kernel="cpu_int4")
     linear = QuantLinear(moved)
+    assert linear.kernel == "reference"
     x = torch.randn(3, 64)
     want = x @ moved.dequantize().T
     assert (linear(x) - want).norm() <= 1e-5 * want.norm()

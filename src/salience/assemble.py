@@ -58,7 +58,10 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
     for name in job.parted_heads():
         tied = next(iter(embeddings(job.skeleton)))
         writer.add(f"{name}.weight", to_half(job.float_tensor(f"{tied}.weight"), name))
-    writer.write_json("config.json", _config(job))
+    config = _config(job)
+    writer.write_json("config.json", config)
+    if job.fmt.config_file is not None:
+        writer.write_json(job.fmt.config_file, config["quantization_config"])
     writer.write_json(REPORT_NAME, asdict(report))
     with disk_errors(journal.final):
         job.source.save_assets(journal.final)
@@ -83,6 +86,6 @@ def _config(job: Job) -> dict[str, Any]:
     # Under the names of the model's modules, and under those other runtimes may go by.
     floats = [*job.kept, *(stored_owner(job.weights, name) for name in job.kept)]
     config["quantization_config"] = job.fmt.config(
-        job.schemes, list(dict.fromkeys(floats)), job.outside
+        job.schemes, list(dict.fromkeys(floats)), job.outside, job.method.act_order
     )
     return config

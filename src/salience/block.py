@@ -312,13 +312,18 @@ def _code(
     coded = {}
     for i, names in enumerate(problem.names):
         start = 0
+        losing = {
+            name for name, e in zip(names, errors[i], strict=True) if not e <= plain[name].error
+        }
+        if losing and qtensors[i].g_idx is not None:
+            losing = set(names)  # runtimes fuse linears of one input, and give them one g_idx
         for j, (name, count) in enumerate(zip(names, problem.rows, strict=True)):
             rows = slice(start, start + count)
             start += count
             qt = _take_rows(qtensors[i], rows)
             own = grids._replace(scales=grids.scales[i, rows], zeros=grids.zeros[i, rows])
             error, clip = errors[i][j], clips[i][j] / count
-            worse = not error <= plain[name].error and not trust
+            worse = name in losing and not trust
             if worse:
                 weight = problem.weight[i, rows]
                 qt, clip = grid.quantize(weight, problem.scheme), 1.0

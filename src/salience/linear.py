@@ -10,10 +10,14 @@ from salience import kernels
 from salience.errors import SalienceError
 from salience.packing import pack, unpack
 from salience.qtensor import QTensor
+from salience.scheme import Scheme
 
 
 class QuantLinear(nn.Module):
     """y = x W^T + b with W in low bits, never unpacked as a whole.
+
+    Columns whose groups are in activation order are put into the order of their groups once, and
+    the inputs on each call, so that every kernel takes such a weight.
 
     Args:
         qt: the weight [out, in]; it is packed for its device and not kept.
@@ -31,9 +35,12 @@ class QuantLinear(nn.Module):
             qt.out_features,
             qt.scheme,
         )
+        order = None if qt.g_idx is None else group_order(qt.g_idx, qt.scheme)
+        if order is not None:
+            qt = QTensor(qt.q[:, order], qt.scales, qt.zeros, qt.scheme)
         fits = (qt.scheme, qt.q.device, qt.in_features, qt.out_features)
         if kernel == "auto" and qt.g_idx is not None:
-            kernel = "reference"  # the one that takes groups in activation order
+            kernel = "reference"  # the one that takes groups of any sizes
         backend = kernels.choose(*fits) if kernel == "auto" else kernels.backend(kernel)
         if not backend.supports(*fits):
             raise SalienceError(
@@ -45,11 +52,15 @@ class QuantLinear(nn.Module):
         self._packed_names = [f"packed_{i}" for i in range(len(packed))]
         for name, tensor in zip(self._packed_names, packed, strict=True):
             self.register_buffer(name, tensor)
+        self.order: Tensor | None
+        self.register_buffer("order", order)
         self.bias: Tensor | None
         self.register_buffer("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = [self.get_buffer(name) for name in self._packed_names]
+        if self.order is not None:
+            x = x.index_select(-1, self.order)
         y = torch.ops.salience.qmm(
             x, packed, self.kernel, self.scheme.bits, self.scheme.group_size, self.out_features
         )
@@ -84,6 +95,17 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, kernel={self.kernel}"
+
+
+def group_order(g_idx: Tensor, scheme: Scheme) -> Tensor | None:
+    """The order of columns, int64 [in], in which their groups lie side by side; None when the
+    groups are not all of one size.
+    """
+    groups = scheme.groups(len(g_idx))
+    sizes = torch.bincount(g_idx.long(), minlength=groups)
+    if (sizes != scheme.group_columns(len(g_idx))).any():
+        return None
+    return g_idx.argsort(stable=True)
 
 
 class QuantEmbedding(nn.Module):

@@ -28,7 +28,14 @@ from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.loading import read_tensor, resolve_device
 from salience.machine import peak_rss_bytes
 from salience.methods import check_method, default_format, default_scheme, get_method
-from salience.plan import check_schemes, check_source, checkpoint_bytes, choose_budget, mean_bits
+from salience.plan import (
+    check_act_order,
+    check_schemes,
+    check_source,
+    checkpoint_bytes,
+    choose_budget,
+    mean_bits,
+)
 from salience.recipe import Recipe
 from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
@@ -44,6 +51,7 @@ def quantize(
     *,
     method: str | None = None,
     effort: str | None = None,
+    act_order: bool = False,
     scheme: Scheme | str | None = None,
     rules: Sequence[tuple[str, Scheme | str]] = (),
     skip: Sequence[str] = (),
@@ -67,13 +75,15 @@ def quantize(
         out: the folder to make; it appears when it is whole.
         method: "awq" (None), "gptq", "rtn" or "nf4".
         effort: "fast" (None), or "balanced": AWQ's scales and grids with GPTQ's codes.
+        act_order: "gptq" forms its groups of columns of like importance; the checkpoint then says
+            which column is in which, so the format must have a place for it.
         scheme: of the linears in the blocks, a Scheme or its name; None is w4g128.
         rules: (pattern, scheme) of linears that get another scheme; they reach `lm_head` and the
             input embeddings too.
         skip: patterns of linears that stay float.
         only: patterns, one of which a linear must match to be quantized.
-        format: "awq" (AutoAWQ's gemm layout), "compressed-tensors", or "bitsandbytes" for nf4; None
-            is the first, or the last for nf4.
+        format: "awq" (AutoAWQ's gemm layout), "compressed-tensors", "gptq", or "bitsandbytes" for
+            nf4; None is the first, or the last for nf4.
         calibration: which text; None is 128 sequences of 512 tokens of Python's documentation.
         device: where blocks run, "auto" for the GPU if there is one.
         max_memory: bytes the work may take on its device; None for what is free.
@@ -99,7 +109,12 @@ def quantize(
     made = search.info if search is not None else {}
     method = str(made.get("method", "awq")) if method is None else method
     effort = str(made.get("effort", "fast")) if effort is None else effort
-    chosen = get_method(method, effort)
+    chosen = get_method(method, effort, act_order)
+    if act_order and (from_search is not None or save_search is not None):
+        raise SalienceError(
+            "--act-order finds grids of groups that a search file has no place for; leave "
+            "--save-search and --from-search away"
+        )
     format = default_format(method) if format is None else format
     place = resolve_device(device)
     source = open_source(model, trust_remote_code)
@@ -136,6 +151,7 @@ def quantize(
         if save_search is not None and each.codebook is not None:
             raise SalienceError(f"--save-search has nothing to save of --scheme {each}: no search")
     check_schemes(skeleton, schemes, job.fmt)
+    check_act_order(chosen, job.fmt)
     if save_search is not None and not is_published(target):
         check_file(Path(save_search), target)
     text = (calibration or Calibration()) if chosen.reads_text else None
@@ -154,11 +170,12 @@ def quantize(
         calibration=text.describe() if text else None,
         device=str(place),
         versions=versions(),
-        options=recipe.describe(),
+        options=recipe.describe() | {"act_order": act_order},
         bits_per_weight=mean_bits(skeleton, schemes),
         kept_modules=job.kept,
     )
     options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": format}
+    options |= {"--act-order": act_order}
     options |= {"--from-search": str(from_search), "--save-search": str(save_search)}
     options |= {"--trust-remote-code": trust_remote_code}
     if text is not None:

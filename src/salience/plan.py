@@ -109,6 +109,7 @@ def make_plan(
     weights = source.weights(model)
     check_source(source, model, weights)
     check_schemes(model, schemes, fmt)
+    check_act_order(method, fmt)
     names = {name for name, _ in model.named_parameters()} & weights.names()
     source_bytes = sum(weights.nbytes(name) for name in names)
     disk = checkpoint_bytes(model, schemes)
@@ -218,6 +219,18 @@ def check_schemes(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) 
             )
 
 
+def check_act_order(method: Method, fmt: Format) -> None:
+    """Refuse groups in activation order where the format cannot say which column is in which.
+
+    Raises:
+        SalienceError: naming a format that can.
+    """
+    if method.act_order and not fmt.act_order:
+        raise SalienceError(
+            f"--format {fmt.name} has no place for the groups of --act-order; use --format gptq"
+        )
+
+
 def _shapes(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple[int, int]]:
     """(out, in) of each linear to quantize."""
     found = codable(model)
@@ -305,8 +318,10 @@ def _solve_floats(rows: int, columns: int, device: torch.device, method: Method)
     weight, square = rows * columns, columns**2
     scales = 4 * weight + square
     grids = 4 * weight + square + 6 * TILE_CANDIDATES[device.type]
+    if method.act_order:  # H in order, beside H
+        scales, grids = scales + weight + square, grids + weight + square
     codes = 7 * weight + 4 * square if method.reads_moments_to_code else 4 * weight + square
-    return max(scales, grids, codes)
+    return max(scales, grids, codes + (weight + square if method.act_order else 0))
 
 
 def _live_floats(block: nn.Module) -> int:

@@ -52,6 +52,7 @@ class FormatName(str, Enum):
     awq = "awq"
     compressed_tensors = "compressed-tensors"
     bitsandbytes = "bitsandbytes"
+    gptq = "gptq"
 
 
 Model = Annotated[str, typer.Argument(help="A folder, a .gguf file, a Hub name, or smollm2-135m.")]
@@ -79,6 +80,12 @@ MethodOption = Annotated[
 EffortOption = Annotated[
     EffortName | None,
     typer.Option("--effort", help="fast: AWQ (default); balanced: AWQ, then GPTQ's codes."),
+]
+ActOrderOption = Annotated[
+    bool,
+    typer.Option(
+        "--act-order", help="Groups of columns of like importance: --method gptq --format gptq."
+    ),
 ]
 MemoryOption = Annotated[
     str | None,
@@ -111,6 +118,7 @@ def plan(
     model: Model,
     method: MethodOption = None,
     effort: EffortOption = None,
+    act_order: ActOrderOption = False,
     scheme: SchemeOption = None,
     rule: RulesOption = None,
     skip: SkipOption = None,
@@ -135,7 +143,7 @@ def plan(
     from salience.structure import codable, find_blocks, kept
 
     name = method.value if method else "awq"
-    chosen = get_method(name, effort.value if effort else "fast")
+    chosen = get_method(name, effort.value if effort else "fast", act_order)
     source = open_source(model, trust_remote_code)
     skeleton = source.skeleton()
     recipe = Recipe(
@@ -188,6 +196,7 @@ def quantize(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")],
     method: MethodOption = None,
     effort: EffortOption = None,
+    act_order: ActOrderOption = False,
     scheme: SchemeOption = None,
     rule: RulesOption = None,
     skip: SkipOption = None,
@@ -220,6 +229,7 @@ def quantize(
             out,
             method=method and method.value,
             effort=effort and effort.value,
+            act_order=act_order,
             scheme=scheme,
             rules=_rules(rule),
             skip=tuple(skip or ()),

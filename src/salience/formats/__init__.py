@@ -8,8 +8,15 @@ from salience.formats.autoawq import AutoAwq
 from salience.formats.base import Format
 from salience.formats.bitsandbytes import BitsAndBytes
 from salience.formats.compressed_tensors import CompressedTensors
+from salience.formats.gptq import Gptq
 
-FORMATS: tuple[Format, ...] = (AutoAwq(), CompressedTensors(), BitsAndBytes())
+FORMATS: tuple[Format, ...] = (
+    AutoAwq(),
+    CompressedTensors(),
+    BitsAndBytes(),
+    Gptq(),
+    Gptq(version=2),
+)
 
 __all__ = [
     "FORMATS",
@@ -17,6 +24,7 @@ __all__ = [
     "BitsAndBytes",
     "CompressedTensors",
     "Format",
+    "Gptq",
     "detect_format",
     "get_format",
     "stored_config",
@@ -32,7 +40,7 @@ def get_format(name: str) -> Format:
     for fmt in FORMATS:
         if fmt.name == name:
             return fmt
-    raise SalienceError(f"there is no format {name!r}; use {' or '.join(f.name for f in FORMATS)}")
+    raise SalienceError(f"there is no format {name!r}; use {' or '.join(_names())}")
 
 
 def detect_format(config: Mapping[str, Any]) -> Format:
@@ -43,12 +51,20 @@ def detect_format(config: Mapping[str, Any]) -> Format:
     """
     found = [fmt for fmt in FORMATS if fmt.detect(config)]
     if len(found) != 1:
-        seen = {key: config.get(key) for key in ("quant_method", "version", "format", "bits")}
+        seen = {
+            key: config.get(key)
+            for key in ("quant_method", "version", "format", "checkpoint_format", "bits")
+        }
         raise SalienceError(
             f"a checkpoint with quantization_config {seen} is not one this version reads; "
-            f"it reads {', '.join(fmt.name for fmt in FORMATS)}"
+            f"it reads {', '.join(_names())}"
         )
     return found[0]
+
+
+def _names() -> list[str]:
+    """Each name once: a format may have several versions to read."""
+    return list(dict.fromkeys(fmt.name for fmt in FORMATS))
 
 
 def stored_config(model_config: Any) -> dict[str, Any] | None:

@@ -34,6 +34,8 @@ class AutoAwq:
     tensors: frozenset[str] = frozenset({"qweight", "qzeros", "scales"})
     marker: str = "qweight"
     heads: bool = False
+    act_order: bool = False
+    config_file: str | None = None
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         version = str(config.get("version", config.get("format", "gemm"))).lower()
@@ -90,7 +92,11 @@ class AutoAwq:
         return QTensor(codes, scales.T.contiguous(), zeros, scheme)
 
     def config(
-        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+        self,
+        schemes: Mapping[str, Scheme],
+        kept: Sequence[str],
+        outside: Sequence[str] = (),
+        act_order: bool = False,
     ) -> dict[str, Any]:
         # Readers keep the head float by themselves and differ in how they match other names; full
         # paths mean the same to all of them.

@@ -30,6 +30,16 @@ class Format(Protocol):
         """Whether readers take quantized linears outside the decoder's blocks, such as the head."""
         ...
 
+    @property
+    def act_order(self) -> bool:
+        """Whether it has a place for `g_idx`, the groups of columns in activation order."""
+        ...
+
+    @property
+    def config_file(self) -> str | None:
+        """A file beside `config.json` that readers look for the `quantization_config` in, too."""
+        ...
+
     def detect(self, config: Mapping[str, Any]) -> bool:
         """Whether a checkpoint's `quantization_config` is of this format."""
         ...
@@ -67,7 +77,11 @@ class Format(Protocol):
         ...
 
     def config(
-        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+        self,
+        schemes: Mapping[str, Scheme],
+        kept: Sequence[str],
+        outside: Sequence[str] = (),
+        act_order: bool = False,
     ) -> dict[str, Any]:
         """The `quantization_config` of a checkpoint.
 
@@ -75,5 +89,6 @@ class Format(Protocol):
             schemes: of each quantized linear, by its full name.
             kept: full names of the linears that stay float.
             outside: those of `schemes` that are in no block: the head, the embeddings.
+            act_order: whether the method forms groups in activation order.
         """
         ...

@@ -41,6 +41,8 @@ class BitsAndBytes:
     tensors: frozenset[str] = _PLAIN | _NESTED
     marker: str = "weight.absmax"
     heads: bool = False
+    act_order: bool = False
+    config_file: str | None = None
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "bitsandbytes"
@@ -121,7 +123,11 @@ class BitsAndBytes:
         return QTensor(codes, scales, zeros, scheme, nested=nested)
 
     def config(
-        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+        self,
+        schemes: Mapping[str, Scheme],
+        kept: Sequence[str],
+        outside: Sequence[str] = (),
+        act_order: bool = False,
     ) -> dict[str, Any]:
         return {
             "_load_in_4bit": True,

@@ -46,6 +46,8 @@ class CompressedTensors:
     )
     marker: str = "weight_packed"
     heads: bool = True
+    act_order: bool = False
+    config_file: str | None = None
 
     def detect(self, config: Mapping[str, Any]) -> bool:
         return config.get("quant_method") == "compressed-tensors"
@@ -123,7 +125,11 @@ class CompressedTensors:
         return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme))
 
     def config(
-        self, schemes: Mapping[str, Scheme], kept: Sequence[str], outside: Sequence[str] = ()
+        self,
+        schemes: Mapping[str, Scheme],
+        kept: Sequence[str],
+        outside: Sequence[str] = (),
+        act_order: bool = False,
     ) -> dict[str, Any]:
         of_scheme: dict[Scheme, list[str]] = {}
         for name, scheme in schemes.items():

@@ -23,10 +23,13 @@ def _grids_in_order(problem: Problem) -> Grid:
     return search_grids(in_order(problem)[0])
 
 
-# Groups in activation order. No format written so far has a place for them, so it has no name on
-# the command line.
+# Groups in activation order, for formats that have a place for them.
 GPTQ_G_IDX = Method(
-    "gptq+g_idx", grids=_grids_in_order, codes=compensate_in_order, reads_moments_to_code=True
+    "gptq+g_idx",
+    grids=_grids_in_order,
+    codes=compensate_in_order,
+    reads_moments_to_code=True,
+    act_order=True,
 )
 
 METHODS: tuple[Method, ...] = (AWQ, GPTQ, RTN, NF4)
@@ -53,11 +56,11 @@ __all__ = [
 ]
 
 
-def get_method(name: str, effort: str = "fast") -> Method:
-    """The method called `name`, with an effort.
+def get_method(name: str, effort: str = "fast", act_order: bool = False) -> Method:
+    """The method called `name`, with an effort, and with groups in activation order or without.
 
     Raises:
-        SalienceError: there is none, or it has no such effort.
+        SalienceError: there is none, or it has no such effort or order.
     """
     if effort not in EFFORTS:
         raise SalienceError(f"there is no effort {effort!r}; use {' or '.join(EFFORTS)}")
@@ -67,7 +70,10 @@ def get_method(name: str, effort: str = "fast") -> Method:
     if name not in EFFORTS[effort]:
         fits = " or ".join(EFFORTS[effort])
         raise SalienceError(f"--effort {effort} is for --method {fits}, not {name}")
-    return EFFORTS[effort][name]
+    found = EFFORTS[effort][name]
+    if act_order and found is not GPTQ:
+        raise SalienceError(f"--act-order is for --method gptq, not {found.name}")
+    return GPTQ_G_IDX if act_order else found
 
 
 def check_method(method: Method, scheme: Scheme) -> None:

@@ -89,6 +89,7 @@ class Method:
         reads_moments_to_code: whether `codes` needs the text even when scales and grids are known.
         trusted: whether its result stays even where plain rounding would be better, because its
             grids were chosen with moments that are not at hand.
+        act_order: whether it forms groups in activation order, which the checkpoint must store.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Method:
     reads_text: bool = True
     reads_moments_to_code: bool = False
     trusted: bool = False
+    act_order: bool = False
 
     @property
     def folds(self) -> bool:

@@ -11,8 +11,7 @@ Act-order. Columns of large H_jj come first: their errors can be spread over mos
 is rounded last, with nothing left to make up for it, matters least. The grid of each group is found
 before any column moves ("static groups"), so the groups stay contiguous in the checkpoint. The
 variant with `g_idx` forms the groups in that order too (`in_order`); each then holds columns of
-like importance, and the checkpoint must store the group of each column. It is here for formats that
-can (GPTQ's own); none that salience writes so far does.
+like importance, and the checkpoint must store the group of each column, as GPTQ's own format does.
 
 Damping. A multiple of the mean of its diagonal is added to H's. It keeps the factor finite when
 calibration has fewer tokens than columns, and it keeps the shifts from following what is chance in
