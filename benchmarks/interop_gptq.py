@@ -1,5 +1,8 @@
 """stub"""
+
 import sys, types
+
+
 def import_gptqmodel():
     from transformers.utils import is_torchvision_available
 

@@ -69,7 +69,12 @@ class QuantLinear(nn.Module):
     def qtensor(self) -> QTensor:
         """The weight, unpacked: codes, scales and zeros are what they were."""
         packed = [self.get_buffer(name) for name in self._packed_names]
-        return kernels.backend(self.kernel).unpack(packed, self.scheme, self.in_features)
+        qt = kernels.backend(self.kernel).unpack(packed, self.scheme, self.in_features)
+        if self.order is None:
+            return qt
+        place = self.order.argsort()  # of each column among the sorted ones
+        g_idx = (place // self.scheme.group_columns(self.in_features)).int()
+        return QTensor(qt.q[:, place], qt.scales, qt.zeros, qt.scheme, g_idx)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """What `to`, `cuda` and `half` do. Scales are never cast: they are exact as they are. On

@@ -56,7 +56,7 @@ class PackedQuantizer(HfQuantizer):
                 if local != "bias":
                     del state[f"{name}.{local}"]
             qt = module.qtensor()
-            tensors = self._as_stored(weights, name, scheme, qt) or self.fmt.write(qt)
+            tensors = self._as_stored(weights, name, scheme, qt) or self._written(name, scheme, qt)
             state |= {f"{name}.{local}": tensor for local, tensor in tensors.items()}
         return state, {}
 
@@ -74,16 +74,39 @@ class PackedQuantizer(HfQuantizer):
             return {}  # another file by now
         return tensors if same else {}
 
+    def _written(self, name: str, scheme: Scheme, qt: QTensor) -> dict[str, Tensor]:
+        """The tensors of a weight.
+
+        Raises:
+            SalienceError: they would mean something else to who reads them by the config.
+        """
+        tensors = self.fmt.write(qt)
+        if not _equal(self.fmt.read(tensors, scheme), qt):
+            raise SalienceError(
+                f"linear {name} can only be saved as it was stored, and the files it came from "
+                "are gone; put them back, or write the model with `salience convert`"
+            )
+        return tensors
+
     def _weights(self, model: Any) -> ModelWeights:
         return ModelWeights(SafetensorsCheckpoint(self.files[0].parent, self.files), model)
 
 
 def _equal(a: QTensor, b: QTensor) -> bool:
-    parts = ((a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros), (a.g_idx, b.g_idx))
-    return a.scheme == b.scheme and all(
-        x is y or (x is not None and y is not None and torch.equal(x.cpu(), y.cpu()))
-        for x, y in parts
-    )
+    """Whether two weights are the same, though one may have its scales in a wider dtype."""
+    if a.scheme != b.scheme or a.q.shape != b.q.shape or (a.g_idx is None) != (b.g_idx is None):
+        return False
+    parts = [(a.q, b.q), (a.scales, b.scales), (a.zeros, b.zeros)]
+    if a.g_idx is not None and b.g_idx is not None:
+        parts.append((a.g_idx, b.g_idx))
+    return all(bool((x.cpu() == y.cpu()).all()) for x, y in parts)
+
+
+def no_weight() -> Tensor:
+    """What some models look for, in their linears, to initialize: nothing, and that is done."""
+    weight = torch.empty(0)
+    weight._is_hf_initialized = True  # type: ignore[attr-defined]
+    return weight
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from salience.checkpoint import SafetensorsCheckpoint
 from salience.conversion import ModelWeights, stored_owner
 from salience.errors import SalienceError
 from salience.formats import get_format
-from salience.hf.base import PackedQuantizer, of_linear
+from salience.hf.base import PackedQuantizer, no_weight, of_linear
 from salience.hf.stored import CONFIGS
 from salience.linear import QuantLinear
 from salience.modules import bias_of, find_blocks, kept, linears, weight_of
@@ -49,7 +49,7 @@ class SalienceConfig(QuantizationConfigMixin):
         format: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.quant_method = _Method.SALIENCE
+        self.quant_method: Any = _Method.SALIENCE
         parsed = Scheme.parse(scheme)
         self.scheme = scheme
         self.modules_to_not_convert = list(modules_to_not_convert or ())
@@ -84,8 +84,10 @@ class RoundingQuantizer(PackedQuantizer):
             if not any(f".{other}." in f".{prefix}.{name}." for other in floats)
         }
         self.packed = dict.fromkeys(sorted(names), scheme)
-        shapes = {name: tuple(weight_of(model.get_submodule(name)).shape) for name in names}
-        for name, (_, columns) in shapes.items():
+        shapes: dict[str, tuple[int, int]] = {}
+        for name in sorted(names):
+            rows, columns = weight_of(model.get_submodule(name)).shape
+            shapes[name] = (rows, columns)
             with of_linear(name, model.config.name_or_path):
                 scheme.groups(columns)
         self.fmt.check(self.packed, shapes)
@@ -109,8 +111,10 @@ class RoundingQuantizer(PackedQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: object) -> None:
         for name in self.packed:
-            if not isinstance(model.get_submodule(name), QuantLinear):
+            linear = model.get_submodule(name)
+            if not isinstance(linear, QuantLinear):
                 raise SalienceError(f"tensor {name}.weight is missing from the checkpoint")
+            del linear.weight
         method = self.fmt.config(self.packed, list(dict.fromkeys(self._kept)))
         _, ours = CONFIGS[method["quant_method"]]
         model.config.quantization_config = ours(**method)
@@ -125,12 +129,12 @@ class _Round(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        source_patterns: list[str] | None = None,
-        target_patterns: list[str] | None = None,
+        source_patterns: list[str],
+        target_patterns: list[str],
         model: Any = None,
         missing_keys: Any = None,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, list[Tensor]]:
         for full, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             name = full.rpartition(".")[0]
@@ -140,6 +144,7 @@ class _Round(ConversionOps):
                 qt = grid.quantize(weight_of(linear), self._quantizer.packed[name])
             bias = bias_of(linear)
             packed = QuantLinear(qt, None if bias is None else bias.detach())
+            packed.weight = no_weight()
             model.set_submodule(name, packed)
             if missing_keys is not None:
                 missing_keys.discard(full)

@@ -15,7 +15,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin, Quan
 from salience.checkpoint import SafetensorsCheckpoint
 from salience.errors import SalienceError
 from salience.formats import FORMATS, detect_format
-from salience.hf.base import PackedQuantizer, of_linear
+from salience.hf.base import PackedQuantizer, no_weight, of_linear
 from salience.linear import QuantEmbedding, QuantLinear
 from salience.modules import bias_of, codable, weight_of
 
@@ -73,6 +73,10 @@ class _Stored(nn.Module):
         self.loaded: set[str] = set()
         for local, tensor in tensors.items():
             self.register_buffer(_buffer(local), tensor)
+        if "weight" not in tensors:
+            self.weight = no_weight()
+        if "bias" not in tensors:
+            self.bias = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Transformers marks what it has read; what it has not read, it makes up.
