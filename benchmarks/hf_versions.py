@@ -1,4 +1,4 @@
-"""Run the tests of `salience.hf` with several versions of Transformers, each in a folder of its own.
+"""Run the tests of `salience.hf` with several versions of Transformers, each in its own folder.
 
     python benchmarks/hf_versions.py 5.10.4 5.23.0 -o benchmarks/results/hf_versions.json
 

@@ -1,8 +1,5 @@
 """stub"""
-
 import sys, types
-
-
 def import_gptqmodel():
     from transformers.utils import is_torchvision_available
 

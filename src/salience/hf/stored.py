@@ -110,6 +110,7 @@ class StoredQuantizer(PackedQuantizer):
         if not checkpoint_files or not str(checkpoint_files[0]).endswith(".safetensors"):
             raise SalienceError("a quantized checkpoint is read from .safetensors files only")
         config = self.quantization_config.to_dict()
+        self._dtype = model.dtype
         self.files = [Path(file) for file in checkpoint_files]
         self.fmt = detect_format(config)
         weights = self._weights(model)
@@ -153,6 +154,10 @@ class StoredQuantizer(PackedQuantizer):
         Raises:
             SalienceError: tensors that were not read, or are no such weight.
         """
+        for parameter in model.parameters():
+            # Version 5.10 leaves what it renames, of a quantized checkpoint, in the stored dtype.
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not parameter.is_meta:
+                parameter.data = parameter.data.to(self._dtype)
         folder = self.files[0].parent
         for name, scheme in self.packed.items():
             stored = model.get_submodule(name)
