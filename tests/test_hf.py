@@ -40,6 +40,7 @@ KINDS = {
     "awq": {"method": "rtn", "scheme": "w4g32", "format": "awq"},
     "gptq_v1": {"method": "rtn", "scheme": "w4g32-sym", "format": "gptq"},
     "gptq_v2_w3": {"method": "rtn", "scheme": "w3g32", "format": "gptq"},
+    "gptq_act_order": {"method": "gptq", "scheme": "w4g32", "format": "gptq", "act_order": True},
     "ct_w3": {"method": "rtn", "scheme": "w3g32", "format": "compressed-tensors"},
     "ct_sym": {"method": "rtn", "scheme": "w4channel-sym", "format": "compressed-tensors"},
     "nf4": {"method": "nf4", "scheme": "nf4", "format": "bitsandbytes"},
@@ -233,6 +234,31 @@ def test_dtypes_and_device_maps(folder: Callable[..., Path], dtype: Any, device_
     assert error(logits(model), logits(salience.load(folder(kind="awq")))) < 0.05
     out = model.generate(random_tokens(1, 8), max_new_tokens=4, do_sample=False)
     assert out.shape[0] == 1 and 9 <= out.shape[1] <= 12
+
+
+def test_offloaded_to_disk(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Floats are; packed weights are buffers, and stay."""
+    stored = folder(kind="awq")
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys([*parts, "model.layers.0", "model.layers.2"], "cpu")
+    options = {"device_map": places | {"model.layers.1": "disk"}, "offload_folder": tmp_path}
+    model = load(stored, **options)
+    assert model.model.layers[1].input_layernorm.weight.is_meta
+    assert not model.model.layers[1].mlp.up_proj.get_buffer("packed_0").is_meta
+    assert torch.equal(logits(model), logits(load(stored)))
+    model.save_pretrained(tmp_path / "out")
+    same_checkpoint(stored, tmp_path / "out")
+    refuse(lambda: load(stored, offload_buffers=True, **options), "without offload_buffers")
+
+
+@pytest.mark.slow
+def test_compiled(folder: Callable[..., Path]) -> None:
+    model = load(folder(kind="awq"))
+    tokens = random_tokens()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        out = compiled(input_ids=tokens, use_cache=False).logits
+    assert torch.equal(out, logits(model, tokens))
 
 
 def test_pipeline(folder: Callable[..., Path]) -> None:

@@ -162,6 +162,11 @@ class StoredQuantizer(PackedQuantizer):
         for name, scheme in self.packed.items():
             stored = model.get_submodule(name)
             missing = {n for n, _ in stored.named_buffers()} - stored.loaded
+            if any(buffer.is_meta for buffer in stored.buffers()):
+                raise SalienceError(
+                    f"{name} is offloaded to disk with its buffers, which is what packed weights "
+                    "are; load it without offload_buffers"
+                )
             if missing:
                 raise SalienceError(f"Transformers did not read {name}.{min(missing)} of {folder}")
             buffers = dict(stored.named_buffers())
