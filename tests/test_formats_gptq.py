@@ -15,6 +15,7 @@ from torch import Tensor
 import salience
 from helpers_checkpoint import config_of, dequantized, qtensors, refuse
 from salience import methods
+from salience.cli.app import main
 from salience.errors import SalienceError
 from salience.formats import FORMATS, Gptq, detect_format, get_format
 from salience.inspection import inspect
@@ -144,7 +145,9 @@ def test_round_trip(
     seed=st.integers(0, 2**32 - 1),
 )
 def test_version_1_never_borrows(bits: int, sym: bool, zero: int, seed: int) -> None:
-    """What is written as version 1 has one word of one field everywhere, and z = 0 is never it."""
+    """Trap 6 of formats.md: a field of a version 1 file is one less than the middle or the file is
+    not written.
+    """
     qt = random_weight(bits, sym, 32, 2, 32, False, seed)
     zeros = qt.zeros.clone()
     zeros[seed % 32, seed % 2] = zero % 2**bits
@@ -437,7 +440,7 @@ def test_quantized_and_loaded(
 ) -> None:
     out = tmp_path / "out"
     report = quantize(float_llama, out, text_file, scheme=scheme, act_order=act_order)
-    assert report.options["act_order"] == act_order and report.error <= report.error_rtn
+    assert report.options.get("act_order", False) == act_order and report.error <= report.error_rtn
     config = config_of(out)["quantization_config"]
     assert json.loads((out / "quantize_config.json").read_text()) == config
     grouped = act_order and "channel" not in scheme
@@ -492,6 +495,40 @@ def written(float_llama: Path, text_file: Path, tmp_path_factory: pytest.TempPat
     out = tmp_path_factory.mktemp("written") / "out"
     quantize(float_llama, out, text_file, scheme="w4g32-sym", act_order=True)
     return out
+
+
+def test_command_line(
+    float_llama: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """plan, quantize, inspect and eval, without --act-order (trap 7 of formats.md: its default) and
+    with it.
+    """
+    options = ["--method", "gptq", "--format", "gptq", "--scheme", "w4g32"]
+    text = ["--calibration", str(text_file), "--samples", "2", "--seqlen", "32"]
+
+    def run(*args: object) -> dict[str, Any]:
+        monkeypatch.setattr("sys.argv", ["salience", *map(str, args), "--json"])
+        try:
+            main()
+        except SystemExit as stopped:
+            assert not stopped.code, capsys.readouterr().err
+        return dict(json.loads(capsys.readouterr().out))
+
+    for flags in ([], ["--act-order"]):
+        out = tmp_path / f"out{len(flags)}"
+        assert run("plan", float_llama, *options, *flags)["scheme"] == "w4g32"
+        report = run("quantize", float_llama, "-o", out, *options, *flags, *text)
+        assert (report["format"], report["method"]) == ("gptq", "gptq")
+        assert config_of(out)["quantization_config"]["desc_act"] == bool(flags)
+        assert any(qt.g_idx is not None for qt in qtensors(out).values()) == bool(flags)
+        seen = run("inspect", out)
+        assert (seen["format"], seen["scheme"], len(seen["modules"])) == ("gptq", "w4g32", 14)
+        found = run("eval", out, "--text", text_file, "--context", 64, "--max-chunks", 1)
+        assert 1 < found["perplexity"] < 1e9
 
 
 def test_files_of_autogptq(written: Path, tmp_path: Path) -> None:

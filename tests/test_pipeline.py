@@ -670,7 +670,10 @@ def test_bad_options(llama: Path, tmp_path: Path) -> None:
         ({"method": "magic"}, "there is no method 'magic'"),
         ({"method": "gptq", "effort": "balanced"}, "--effort balanced is for --method awq, not"),
         ({"act_order": True}, "--act-order is for --method gptq, not awq"),
-        ({"act_order": True, "method": "gptq"}, "--format awq has no place for the groups of --a"),
+        (
+            {"act_order": True, "method": "gptq", "scheme": "w4g32"},
+            "--format awq has no place for the groups of --act-order",
+        ),
         ({"method": "nf4", "scheme": "w4g32"}, "--method nf4 makes no w4g32"),
         ({"scheme": "nf4"}, "--method awq makes no nf4"),
         ({"scheme": "w4g32", "rules": [("nothing", "w8g32")]}, "'nothing' matches no linear"),

@@ -170,7 +170,7 @@ def quantize(
         calibration=text.describe() if text else None,
         device=str(place),
         versions=versions(),
-        options=recipe.describe() | {"act_order": act_order},
+        options=recipe.describe() | ({"act_order": True} if act_order else {}),
         bits_per_weight=mean_bits(skeleton, schemes),
         kept_modules=job.kept,
     )
