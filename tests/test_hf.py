@@ -29,6 +29,7 @@ from transformers.quantizers import auto
 import salience
 from helpers_checkpoint import config_of, refuse
 from salience import grid, hf
+from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.linear import QuantLinear
 from salience.scheme import Scheme
@@ -72,16 +73,17 @@ def enabled() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[..., Path]:
     """A checkpoint of a model, float or of a kind, each made once."""
     root = tmp_path_factory.mktemp("hf")
+    few = Calibration(str(text_file), samples=2, seqlen=64)
 
     def make(model: str = "llama", kind: str = "float") -> Path:
         out = root / model / kind
         if not out.exists() and kind == "float":
             save(make_model(MODELS[model]), out)
         elif not out.exists():
-            salience.quantize(str(make(model)), out, **KINDS[kind])
+            salience.quantize(str(make(model)), out, calibration=few, **KINDS[kind])
         return out
 
     return make
