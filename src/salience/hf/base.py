@@ -13,7 +13,6 @@ from salience.checkpoint import SafetensorsCheckpoint
 from salience.conversion import ModelWeights
 from salience.errors import SalienceError
 from salience.formats import FORMATS
-from salience.formats.base import Format
 from salience.linear import QuantEmbedding, QuantLinear
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
@@ -22,11 +21,11 @@ from salience.scheme import Scheme
 class PackedQuantizer(HfQuantizer):
     """A model whose packed linears are saved by a format.
 
-    `packed` has the names of these modules, `files` those of the checkpoint they came from, if it
-    was quantized.
+    `fmt` is a format, or one that is only read; `packed` has the names of these modules, `files`
+    those of the checkpoint they came from, if it was quantized.
     """
 
-    fmt: Format
+    fmt: Any
     packed: dict[str, Scheme]
     files: list[Path]
 
