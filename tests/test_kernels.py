@@ -174,3 +174,27 @@ def test_names() -> None:
         backend("nonsense")
     with pytest.raises(SalienceError, match="nonsense"):
         qmm(torch.zeros(1, 128), backend("reference").pack(make(4, 32)), "nonsense", 4, 32, 24)
+
+
+def test_unpacking_undoes_packing() -> None:
+    weights = [make(4, 32, rows=48), make(3, 32), make(4, -1), make(4, 32, act_order=True)]
+    weight = torch.randn(24, 1280, generator=torch.Generator().manual_seed(0))
+    weights += [grid.quantize(weight, Scheme.parse(name)) for name in ("nf4", "nf4-dq")]
+    tried = set()
+    for qt in weights:
+        for kernel in BACKENDS:
+            if not kernel.supports(qt.scheme, CPU, qt.in_features, qt.out_features):
+                continue
+            if qt.g_idx is not None and kernel.name != "reference":
+                continue
+            tried.add(kernel.name)
+            got = kernel.unpack(kernel.pack(qt), qt.scheme, qt.in_features)
+            assert torch.equal(got.q, qt.q) and torch.equal(got.scales, qt.scales)
+            assert torch.equal(got.zeros, qt.zeros)
+            assert (got.g_idx is None) == (qt.g_idx is None)
+            if got.g_idx is not None and qt.g_idx is not None:
+                assert torch.equal(got.g_idx, qt.g_idx)
+            if got.nested is not None and qt.nested is not None:
+                assert torch.equal(got.nested.q, qt.nested.q)
+                assert got.nested.offset == qt.nested.offset
+    assert tried == {kernel.name for kernel in BACKENDS}

@@ -71,6 +71,15 @@ def test_any_number_of_tokens(tokens: int, dtype: torch.dtype) -> None:
     assert relative(found, x.double() @ qt.dequantize(torch.float64).T) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(("rows", "columns", "group_size"), SHAPES)
+def test_what_is_packed_can_be_unpacked(rows: int, columns: int, group_size: int) -> None:
+    qt = weight(rows, columns, group_size)
+    backend = int4.TritonInt4()
+    found = backend.unpack(backend.pack(qt), qt.scheme, columns)
+    for name in ("q", "scales", "zeros"):
+        assert torch.equal(getattr(found, name), getattr(qt, name))
+
+
 def test_the_codes_are_only_reordered() -> None:
     qt = weight(16, 256, 64)
     words = int4.pack_words(qt.q)

@@ -1,7 +1,7 @@
 """Checkpoints on disk, read lazily: never more is held than the tensor asked for."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -15,6 +15,18 @@ from salience.pt_checkpoint import PtCheckpoint, pt_files
 
 _FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_TORCH = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_KEY = "salience.config"  # in a GGUF file's metadata: the config.json of the model
 BLOCKS = ".blocks"
@@ -47,16 +59,20 @@ class Checkpoint(Protocol):
 class SafetensorsCheckpoint:
     """A folder with `model.safetensors`, or shards and their index.
 
+    Args:
+        folder: where they are.
+        files: these of its files, and no others.
+
     Raises:
         SalienceError: a missing, truncated or malformed file, or a dtype that is not supported.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.path = folder
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
         self._files: dict[str, Path] = {}
-        for file in self._shards():
+        for file in self._shards() if files is None else files:
             self._read_header(file)
 
     def _shards(self) -> list[Path]:
@@ -115,6 +131,10 @@ class SafetensorsCheckpoint:
             count *= size
         dtype = self._dtypes[name]
         return count * (_FLOATS.get(dtype) or _OTHERS[dtype])
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A tensor's dtype, from the header alone."""
+        return _TORCH[self._dtypes[self._known(name)]]
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self._files[self._known(name)], framework="pt") as shard:

@@ -1,5 +1,6 @@
 """QuantLinear and QuantEmbedding: modules whose weight stays packed."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 from salience import kernels
 from salience.errors import SalienceError
 from salience.packing import pack, unpack
-from salience.qtensor import QTensor
-from salience.scheme import Scheme
+from salience.qtensor import NestedScales, QTensor
+from salience.scheme import NESTED_BLOCK, Scheme
 
 _SOME_ROWS = 512
 
@@ -82,6 +83,38 @@ class QuantLinear(nn.Module):
         device = self.get_buffer(self._packed_names[0]).device
         return _PackedWeight((self.out_features, self.in_features), self._dtype, device)
 
+    def qtensor(self) -> QTensor:
+        """The weight, unpacked: codes, scales and zeros are what they were."""
+        packed = [self.get_buffer(name) for name in self._packed_names]
+        qt = kernels.backend(self.kernel).unpack(packed, self.scheme, self.in_features)
+        if self.order is None:
+            return qt
+        place = self.order.argsort()  # of each column among the sorted ones
+        g_idx = (place // self.scheme.group_columns(self.in_features)).int()
+        return QTensor(qt.q[:, place], qt.scales, qt.zeros, qt.scheme, g_idx)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What `to`, `cuda` and `half` do. Scales are never cast: they are exact as they are. On
+        another kind of device the weight is packed anew, for the fastest kernel there.
+        """
+        packed = {name: self.get_buffer(name) for name in self._packed_names}
+        for name in packed:
+            del self._buffers[name]
+        super()._apply(fn, recurse)
+        device = next(iter(packed.values())).device
+        place = fn(torch.empty(0, dtype=torch.uint8, device=device)).device
+        if place.type == device.type:
+            for name, tensor in packed.items():
+                self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+            return self
+        self._buffers.update(packed)
+        fresh = QuantLinear(self.qtensor().to(place), dtype=self._dtype)
+        self.kernel, self._packed_names = fresh.kernel, fresh._packed_names
+        for name in packed:
+            del self._buffers[name]
+        self._buffers.update(fresh._buffers | {"bias": self.bias})
+        return self
+
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.scheme}, kernel={self.kernel}"
 
@@ -128,6 +161,11 @@ class QuantEmbedding(nn.Module):
         weight = QTensor(codes, scales, zeros, scheme).dequantize(self._dtype)
         return weight.view(*ids.shape, self.embedding_dim)
 
+    def qtensor(self) -> QTensor:
+        """The weight, unpacked."""
+        codes = unpack(self.get_buffer("packed"), self.scheme.bits, self.embedding_dim)
+        return QTensor(codes, self.get_buffer("scales"), self.get_buffer("zeros"), self.scheme)
+
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.scheme}"
 
@@ -170,15 +208,20 @@ def packed_bytes(
     """
     out_features, in_features = shape
     rows = out_features if out_features < 2 * _SOME_ROWS else _SOME_ROWS + out_features % _SOME_ROWS
-    plain = replace(scheme, double_quant=False)  # scales in two parts are packed as one
+    if kernel is None:
+        scheme = replace(scheme, double_quant=False)  # whose scales are whole
     groups = torch.zeros(rows, scheme.groups(in_features), device=device)
     codes = torch.zeros(rows, in_features, dtype=torch.uint8, device=device)
     scales = groups if scheme.codebook else groups.half()
-    qt = QTensor(codes, scales, groups.to(torch.uint8), plain)
+    nested = None
+    if scheme.double_quant:
+        blocks = torch.zeros(-(-groups.numel() // NESTED_BLOCK), device=device)
+        nested = NestedScales(groups.to(torch.uint8), blocks, 0.0, torch.zeros(256, device=device))
+    qt = QTensor(codes, scales, groups.to(torch.uint8), scheme, nested=nested)
     if kernel is None:
         module: nn.Module = QuantEmbedding(qt, torch.float32)
     else:
         if kernel == "auto":
-            kernel = kernels.choose(plain, device, in_features, out_features).name
+            kernel = kernels.choose(scheme, device, in_features, out_features).name
         module = QuantLinear(qt, None, kernel)
     return sum(buffer.nbytes for buffer in module.buffers()) * out_features // rows

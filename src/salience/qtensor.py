@@ -85,6 +85,16 @@ class QTensor:
     def in_features(self) -> int:
         return self.q.shape[1]
 
+    def to(self, device: torch.device) -> "QTensor":
+        """The same weight on another device."""
+        nested = None
+        if (own := self.nested) is not None:
+            q, scales, table = (t.to(device) for t in (own.q, own.scales, own.table))
+            nested = NestedScales(q, scales, own.offset, table)
+        q, scales, zeros = (t.to(device) for t in (self.q, self.scales, self.zeros))
+        g_idx = None if self.g_idx is None else self.g_idx.to(device)
+        return QTensor(q, scales, zeros, self.scheme, g_idx, nested)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [out, in]. Exact in fp32: a code times an fp16 scale fits its mantissa. Of
         fp32 scales, the fp32 products.

@@ -222,6 +222,10 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
             trust_remote_code=trust_remote_code,
             **({"gguf_file": path.name} if path.is_file() else {}),
         )
+    beside = path / "quantize_config.json"
+    if beside.is_file() and not getattr(config, "quantization_config", None):
+        # Where AutoGPTQ writes it, and for a time it wrote it nowhere else. It named no method.
+        config.quantization_config = {"quant_method": "gptq", **read_json(beside)}
     return Source(model, path, stored, config, trust_remote_code)
 
 

@@ -37,6 +37,10 @@ class Backend(Protocol):
         """The resident tensors of a weight, on the device of `qt`."""
         ...
 
+    def unpack(self, packed: list[Tensor], scheme: Scheme, in_features: int) -> QTensor:
+        """Undo `pack`, exactly: what was loaded can be saved, or packed for another device."""
+        ...
+
     def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
         """x [tokens, in] float times the packed weight: [tokens, out] in the dtype of x."""
         ...

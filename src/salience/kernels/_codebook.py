@@ -1,6 +1,7 @@
 """Codebook weights by look-up: unpack a tile of rows, look its codes up in the table, multiply.
 
-As `_reference` for uniform codes: any device, never more than a few MiB of weights unpacked.
+As `_reference` for uniform codes: any device, never more than a few MiB of weights unpacked. Scales
+that are stored in 8 bits stay so, and are looked up on each call: one for 64 weights.
 """
 
 import torch
@@ -9,14 +10,16 @@ from torch import Tensor
 from salience.codebook import table
 from salience.errors import SalienceError
 from salience.packing import pack, unpack
-from salience.qtensor import QTensor
-from salience.scheme import Scheme
+from salience.qtensor import NestedScales, QTensor
+from salience.scheme import NESTED_BLOCK, Scheme
 
 _TILE_ELEMENTS = 2**22
 
 
 class Codebook:
-    """Dense bit stream [out, words of in], scales fp32 [out, groups], table fp32 [2**bits]."""
+    """Dense bit stream [out, words of in], table fp32 [2**bits], and the scales: fp32 [out,
+    groups], or the codes, scales, table and offset (fp64 [1]) of `NestedScales`.
+    """
 
     name = "codebook"
 
@@ -27,7 +30,7 @@ class Codebook:
         return scheme.codebook is not None and divides
 
     def pack(self, qt: QTensor) -> list[Tensor]:
-        """The three resident tensors of a weight.
+        """The resident tensors of a weight.
 
         Raises:
             SalienceError: a uniform weight.
@@ -35,10 +38,29 @@ class Codebook:
         if qt.scheme.codebook is None:
             raise SalienceError(f"kernel {self.name} takes no {qt.scheme}; use reference")
         values = table(qt.scheme.codebook, qt.q.device)
-        return [pack(qt.q, qt.scheme.bits), qt.scales.clone(), values]
+        codes = [pack(qt.q, qt.scheme.bits), values]
+        if qt.nested is None:
+            return [*codes, qt.scales.clone()]
+        offset = torch.tensor([qt.nested.offset], dtype=torch.float64, device=qt.q.device)
+        nested = (qt.nested.q, qt.nested.scales, qt.nested.table)
+        return [*codes, *(part.clone() for part in nested), offset]
+
+    def unpack(self, packed: list[Tensor], scheme: Scheme, in_features: int) -> QTensor:
+        words, _, scales, *rest = packed
+        nested = None
+        if rest:
+            nested = NestedScales(scales, rest[0], rest[2].item(), rest[1])
+            scales = nested.dequantize()
+        codes = unpack(words, scheme.bits, in_features)
+        return QTensor(
+            codes, scales, torch.zeros_like(scales, dtype=torch.uint8), scheme, None, nested
+        )
 
     def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
-        words, scales, values = packed
+        words, values, scales, *rest = packed
+        if rest:
+            each = rest[0].repeat_interleave(NESTED_BLOCK)[: scales.numel()].view_as(scales)
+            scales = (rest[1][scales.int()] * each + rest[2]).float()
         out = x.new_empty(x.shape[0], words.shape[0])
         rows = max(1, _TILE_ELEMENTS // x.shape[1])
         for start in range(0, words.shape[0], rows):

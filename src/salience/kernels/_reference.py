@@ -29,6 +29,11 @@ class Reference:
         packed = [pack(qt.q, qt.scheme.bits), qt.scales.clone(), qt.zeros.clone()]
         return packed if qt.g_idx is None else [*packed, qt.g_idx.clone()]
 
+    def unpack(self, packed: list[Tensor], scheme: Scheme, in_features: int) -> QTensor:
+        words, scales, zeros, *rest = packed
+        codes = unpack(words, scheme.bits, in_features)
+        return QTensor(codes, scales, zeros, scheme, rest[0] if rest else None)
+
     def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
         words, scales, zeros, *rest = packed
         g_idx = rest[0] if rest else None

@@ -169,6 +169,14 @@ def pack_words(codes: Tensor) -> Tensor:
     return words.transpose(0, 1).contiguous()
 
 
+def unpack_words(words: Tensor) -> Tensor:
+    """Undo `pack_words`: codes uint8 [out, columns of the blocks]."""
+    nibbles = [(words >> shift) & 15 for i in range(4) for shift in (4 * i, 4 * i + 16)]
+    parts = torch.stack(nibbles, dim=-1).to(torch.uint8)  # [blocks, out, 16, 2 i + lane]
+    ordered = parts.unflatten(-1, (4, 2)).permute(1, 0, 3, 2, 4)
+    return ordered.reshape(words.shape[1], -1)
+
+
 class TritonInt4:
     """Words int32 [blocks, out, 16], scales fp16 and zeros uint8, both [groups, out], and counters
     int32 of the programs that share a tile, 0 between calls. Calls with a weight must not overlap.
@@ -201,6 +209,11 @@ class TritonInt4:
         tiles = triton.cdiv(qt.out_features, _ROWS) * triton.cdiv(_MANY_TOKENS, 16)
         counters = torch.zeros(tiles, dtype=torch.int32, device=qt.q.device)
         return [pack_words(qt.q), qt.scales.T.contiguous(), qt.zeros.T.contiguous(), counters]
+
+    def unpack(self, packed: list[Tensor], scheme: Scheme, in_features: int) -> QTensor:
+        words, scales, zeros, _ = packed
+        codes = unpack_words(words)[:, :in_features]
+        return QTensor(codes, scales.T.contiguous(), zeros.T.contiguous(), scheme)
 
     def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
         """x [tokens, in] float times the packed weight: [tokens, out] in the dtype of x."""
