@@ -182,4 +182,5 @@ def test_packed_bytes(scheme: str, rows: int) -> None:
         module = QuantLinear(qt) if kernel else QuantEmbedding(qt, torch.float32)
         want = sum(buffer.nbytes for buffer in module.buffers())
         found = packed_bytes(qt.scheme, (rows, 64), torch.device("cpu"), kernel)
-        assert abs(found - want) <= 0.003 * want  # a table is not made of rows
+        tables = 0 if kernel is None or qt.nested is None else 2 * qt.nested.table.nbytes + 256
+        assert abs(found - want) <= 0.003 * want + tables  # which are not made of rows

@@ -62,7 +62,7 @@ class QuantLinear(nn.Module):
         packed = backend.pack(qt)
         self._packed_names = [f"packed_{i}" for i in range(len(packed))]
         for name, tensor in zip(self._packed_names, packed, strict=True):
-            self.register_buffer(name, tensor)
+            self.register_buffer(name, tensor.contiguous())
         self.order: Tensor | None
         self.register_buffer("order", order)
         self.bias: Tensor | None
@@ -105,7 +105,8 @@ class QuantLinear(nn.Module):
         place = fn(torch.empty(0, dtype=torch.uint8, device=device)).device
         if place.type == device.type:
             for name, tensor in packed.items():
-                self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+                data = fn(tensor.flatten().view(torch.uint8))  # bytes, which `half` leaves alone
+                self._buffers[name] = data.view(tensor.dtype).view(tensor.shape)
             return self
         self._buffers.update(packed)
         fresh = QuantLinear(self.qtensor().to(place), dtype=self._dtype)
@@ -180,7 +181,7 @@ class _PackedWeight(Tensor):
         return torch.Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=device)
 
     def __init__(self, size: tuple[int, int], dtype: torch.dtype, device: torch.device) -> None:
-        pass
+        self._is_hf_initialized = True  # or Transformers fills it with random values
 
     def __repr__(self, **_: object) -> str:  # type: ignore[override]
         return f"packed weight {list(self.shape)}, {self.dtype}, {self.device}"

@@ -15,7 +15,7 @@ from salience.checkpoint import SafetensorsCheckpoint
 from salience.conversion import ModelWeights, stored_owner
 from salience.errors import SalienceError
 from salience.formats import get_format
-from salience.hf.base import PackedQuantizer, no_weight, of_linear
+from salience.hf.base import PackedQuantizer, of_linear
 from salience.hf.stored import CONFIGS
 from salience.linear import QuantLinear
 from salience.modules import bias_of, find_blocks, kept, linears, weight_of
@@ -114,7 +114,6 @@ class RoundingQuantizer(PackedQuantizer):
             linear = model.get_submodule(name)
             if not isinstance(linear, QuantLinear):
                 raise SalienceError(f"tensor {name}.weight is missing from the checkpoint")
-            del linear.weight
         method = self.fmt.config(self.packed, list(dict.fromkeys(self._kept)))
         _, ours = CONFIGS[method["quant_method"]]
         model.config.quantization_config = ours(**method)
@@ -143,8 +142,7 @@ class _Round(ConversionOps):
             with of_linear(name, model.config.name_or_path):
                 qt = grid.quantize(weight_of(linear), self._quantizer.packed[name])
             bias = bias_of(linear)
-            packed = QuantLinear(qt, None if bias is None else bias.detach())
-            packed.weight = no_weight()
+            packed = QuantLinear(qt, None if bias is None else bias.detach(), dtype=weight.dtype)
             model.set_submodule(name, packed)
             if missing_keys is not None:
                 missing_keys.discard(full)
