@@ -28,7 +28,7 @@ from transformers import (
 import salience
 from helpers_checkpoint import dequantized, same_files
 from salience import assemble as assembling
-from salience import block, engine, pipeline
+from salience import block, containers, engine, pipeline
 from salience.calibration import Calibration
 from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.grid import Grid
@@ -446,7 +446,7 @@ STEPS = [
     (Journal, "save_block"),
     (pipeline, "collect"),
     (assembling, "_config"),
-    (assembling, "ShardWriter"),
+    (assembling, "make_writer"),
     (Journal, "publish"),
 ]
 
@@ -502,8 +502,8 @@ def test_shards(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    small = partial(assembling.ShardWriter, shard_bytes=40_000)
-    monkeypatch.setattr(assembling, "ShardWriter", small)
+    small = partial(containers.ShardWriter, shard_bytes=40_000)
+    monkeypatch.setattr(containers, "ShardWriter", small)
     out = tmp_path / "shards"
     salience.quantize(str(llama), out, scheme="w4g32", calibration=calibration)
     shards = sorted(out.glob("model-*.safetensors"))
@@ -684,7 +684,7 @@ def test_bad_options(llama: Path, tmp_path: Path) -> None:
         ({"scheme": "w4g32", "max_memory": 1000}, "use a shorter --seqlen, --method rtn or a lar"),
         ({"scheme": "w4g32", "save_search": tmp_path / "no" / "x"}, "the folder of .* does not ex"),
         ({"from_search": tmp_path / "no"}, "search file .* does not exist"),
-        ({"format": "gguf"}, "there is no format 'gguf'"),
+        ({"format": "magic"}, "there is no format 'magic'"),
         ({"scheme": "w4g48"}, "group size 48 does not divide"),
         ({"scheme": "w3g32"}, "--format awq holds 4-bit codes"),
         ({"device": "tpu"}, "tpu"),
