@@ -10,7 +10,7 @@ Transformers reads AWQ and GPTQ checkpoints with gptqmodel and optimum, and stop
 them out. While a model loads, each linear that owns packed tensors by the headers of the files
 becomes a module of these very tensors; when they have arrived, a `QuantLinear`. No name in a list
 of exceptions is looked at, so none can be misread. `save_pretrained` writes the tensors as they
-were.
+were, or refuses: AutoAWQ's layouts other than gemm are only read.
 
 A float checkpoint is rounded to nearest as it is read with
 
