@@ -46,7 +46,7 @@ def compare(folder: Path) -> dict[str, object]:
     wanted = theirs["logits"].double()
     error = ((found - wanted).norm() / wanted.norm()).item()
     with safe_open(path, "pt") as file:
-        versions = file.metadata()
+        versions = dict(sorted(file.metadata().items()))
     return {
         "checkpoint": folder.name,
         "format": form.name,

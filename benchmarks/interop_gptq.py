@@ -70,10 +70,11 @@ def main() -> int:
         peers(args.work)
         return 0
     make(args.work)
-    command = [args.peer, __file__, str(args.work), "--as-peer"]
+    command = [args.peer, str(Path(__file__).resolve()), str(args.work.resolve()), "--as-peer"]
     # GPTQModel's pools want two workers; compiling a dequantizer takes longer than running it.
     settings = {"GPTQMODEL_CPU_WORKERS": "2", "TORCHDYNAMO_DISABLE": "1", "PYTHONPATH": ""}
-    subprocess.run(command, check=True, env=os.environ | settings)
+    # GPTQModel leaves a folder of logs where it is started.
+    subprocess.run(command, check=True, env=os.environ | settings, cwd=args.work)
     for folder in folders(args.work / "gptqmodel"):
         read_as_salience(folder)
     return compare(args.work, args.out)

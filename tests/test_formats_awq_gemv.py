@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import salience
-from helpers_checkpoint import config_of, dequantized, qtensors, refuse
+from helpers_awq import pack, pack_fast, repacked
+from helpers_checkpoint import config_of, dequantized, refuse
 from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.formats import AwqGemv, AwqGemvFast, LlmAwq, Reader, detect_format, get_format
@@ -48,49 +48,6 @@ CASES = golden()
 def reader(case: str) -> tuple[Reader, Scheme]:
     kind, _, group_size = case.rpartition("_g")
     return READERS[kind], Scheme(4, int(group_size))
-
-
-def padded(groups: int, size: int) -> int:
-    unit = 8 * {64: 2, 32: 4}.get(size, 1)
-    return math.ceil(groups / unit) * unit
-
-
-def pack_gemv(qt: QTensor, size: int) -> dict[str, Tensor]:
-    """The layout by its definition."""
-    rows, columns = qt.q.shape
-    width = padded(columns // size, size)
-    codes, zeros = torch.zeros(rows, columns // 8).long(), torch.zeros(rows, width // 8).long()
-    for k in range(8):
-        codes |= qt.q[:, k::8].long() << 4 * k
-    for g in range(columns // size):
-        zeros[:, g // 8] |= qt.zeros[:, g].long() << 4 * (g % 8)
-    scales = torch.zeros(rows, width, dtype=qt.scales.dtype)
-    scales[:, : columns // size] = qt.scales
-    return {"qweight": codes.int(), "qzeros": zeros.int(), "scales": scales}
-
-
-def pack_fast(qt: QTensor, size: int, zeros_name: str) -> dict[str, Tensor]:
-    """The layout by the closed form of its nibbles."""
-    rows, columns = qt.q.shape
-    words = torch.zeros(rows // 4, columns).long()
-    column = torch.arange(columns)
-    b, c = column // 64, column % 64
-    for t in range(4):
-        k = 64 * b + 32 * ((c % 16) // 8) + c % 8 + 8 * t
-        words |= qt.q.view(-1, 4, columns)[:, c // 16, k].long() << 4 * t
-    width = padded(columns // size, size)
-    scales = torch.zeros(width, rows, dtype=qt.scales.dtype)
-    scaled = scales.clone()
-    scales[: columns // size] = qt.scales.T
-    scaled[: columns // size] = -(qt.scales.float() * qt.zeros.float()).to(scales.dtype).T
-    return {"qweight": words.to(torch.int16), "scales": scales, zeros_name: scaled}
-
-
-def pack(kind: str, qt: QTensor) -> dict[str, Tensor]:
-    size = qt.scheme.group_columns(qt.in_features)
-    if kind == "gemv":
-        return pack_gemv(qt, size)
-    return pack_fast(qt, size, "qzeros" if kind == "gemv_fast" else "scaled_zeros")
 
 
 def random_weight(
@@ -235,17 +192,6 @@ def gemm(llama: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory)
     text = Calibration(str(text_file), samples=2, seqlen=64)
     salience.quantize(str(llama), out, method="rtn", scheme="w4g32", calibration=text)
     return out
-
-
-def repacked(gemm: Path, out: Path, kind: str) -> dict[str, Tensor]:
-    """Copy a gemm checkpoint but for its weights, and return them in another layout."""
-    shutil.copytree(gemm, out, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = load_file(gemm / "model.safetensors")
-    for name, qt in qtensors(gemm).items():
-        for local in ("qweight", "qzeros", "scales"):
-            del tensors[f"{name}.{local}"]
-        tensors |= {f"{name}.{local}": tensor for local, tensor in pack(kind, qt).items()}
-    return tensors
 
 
 def configure(folder: Path, **changes: Any) -> None:

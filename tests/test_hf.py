@@ -3,6 +3,7 @@
 `benchmarks/hf_versions.py` runs this file with each version of Transformers that is supported.
 """
 
+import copy
 import importlib.util
 import json
 import shutil
@@ -27,6 +28,7 @@ from transformers import (
 from transformers.quantizers import auto
 
 import salience
+from helpers_awq import repacked
 from helpers_checkpoint import config_of, refuse
 from salience import grid, hf
 from salience.calibration import Calibration
@@ -46,6 +48,8 @@ KINDS = {
     "ct_sym": {"method": "rtn", "scheme": "w4channel-sym", "format": "compressed-tensors"},
     "nf4": {"method": "nf4", "scheme": "nf4", "format": "bitsandbytes"},
     "nf4-dq": {"method": "nf4", "scheme": "nf4-dq", "format": "bitsandbytes"},
+    "fp4": {"method": "nf4", "scheme": "fp4", "format": "bitsandbytes"},
+    "int8": {"method": "rtn", "scheme": "w8channel-sym", "format": "bitsandbytes-int8"},
 }
 MODELS = {
     "llama": llama_config(tie_word_embeddings=False),
@@ -116,6 +120,10 @@ def same_checkpoint(a: Path, b: Path) -> None:
     """The same tensors to the byte, and the same `quantization_config`."""
     assert (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
     assert config_of(a)["quantization_config"] == config_of(b)["quantization_config"]
+    beside = a / "quantize_config.json", b / "quantize_config.json"
+    assert beside[0].is_file() == beside[1].is_file()
+    if beside[0].is_file():
+        assert beside[0].read_bytes() == beside[1].read_bytes()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -132,18 +140,55 @@ def test_as_salience_loads_it(folder: Callable[..., Path], kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("there", [True, False], ids=["files", "no files"])
 def test_round_trip(folder: Callable[..., Path], kind: str, tmp_path: Path, there: bool) -> None:
-    copy = edited(folder(kind=kind), tmp_path / "copy")
-    model = load(copy)
+    stored = edited(folder(kind=kind), tmp_path / "copy")
+    model = load(stored)
     if not there:
-        shutil.rmtree(copy)
+        shutil.rmtree(stored)
     model.save_pretrained(tmp_path / "out")
     same_checkpoint(folder(kind=kind), tmp_path / "out")
 
 
 def test_saving_over_itself(folder: Callable[..., Path], tmp_path: Path) -> None:
-    copy = edited(folder(kind="awq"), tmp_path / "copy")
-    load(copy).save_pretrained(copy)
-    same_checkpoint(folder(kind="awq"), copy)
+    stored = edited(folder(kind="awq"), tmp_path / "copy")
+    load(stored).save_pretrained(stored)
+    same_checkpoint(folder(kind="awq"), stored)
+
+
+def test_the_config_beside_the_config(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """Of a copy of the model too, and of no other format; only the main process writes it."""
+    name = "quantize_config.json"
+    model = load(folder(kind="gptq_v2_w3"))
+    copy.deepcopy(model).save_pretrained(tmp_path / "main")
+    model.save_pretrained(tmp_path / "other", is_main_process=False)
+    load(folder(kind="awq")).save_pretrained(tmp_path / "awq")
+    there = [folder for folder in ("main", "other", "awq") if (tmp_path / folder / name).exists()]
+    assert there == ["main"]
+    written = json.loads((tmp_path / "main" / name).read_text())
+    assert written == config_of(folder(kind="gptq_v2_w3"))["quantization_config"]
+
+
+LAYOUTS = {
+    "gemv": {"version": "GEMV"},
+    "gemv_fast": {"version": "gemv_fast"},
+    "llm-awq": {"version": "gemv", "backend": "llm-awq"},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_that_are_only_read(
+    folder: Callable[..., Path], tmp_path: Path, layout: str
+) -> None:
+    stored, out = tmp_path / "in", tmp_path / "out"
+    tensors = repacked(folder(kind="awq"), stored, layout)
+    save_file(tensors, stored / "model.safetensors", metadata={"format": "pt"})
+    config = config_of(stored)
+    config["quantization_config"] |= LAYOUTS[layout]
+    (stored / "config.json").write_text(json.dumps(config))
+    model = load(stored)
+    assert torch.equal(logits(model), logits(load(folder(kind="awq"))))
+    command = f"`salience convert {stored} --format awq"
+    refuse(lambda: model.save_pretrained(out), "is read, not written", command)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("model", ["qwen2", "gpt2"])
@@ -184,6 +229,8 @@ def test_the_tables_are_restored() -> None:
     hf.enable()
     assert auto.AUTO_QUANTIZER_MAPPING["awq"] is not auto.AwqQuantizer
     assert auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_4bit"] is auto.Bnb4BitHfQuantizer
+    hf.enable(("bitsandbytes",))
+    assert auto.AUTO_QUANTIZER_MAPPING["bitsandbytes_8bit"] is not auto.Bnb8BitHfQuantizer
     hf.disable()
     hf.disable()
     assert stock == (auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)
@@ -205,9 +252,10 @@ def test_without_us_transformers_wants_other_packages(
 
 def test_stock_configs_of_other_models_are_left_alone(folder: Callable[..., Path]) -> None:
     # A float model with BitsAndBytesConfig is bitsandbytes' own work.
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True)
-    made = auto.AutoHfQuantizer.from_config(config, pre_quantized=False)
-    assert type(made) is auto.Bnb4BitHfQuantizer
+    for bits, stock in ((4, auto.Bnb4BitHfQuantizer), (8, auto.Bnb8BitHfQuantizer)):
+        config = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+        made = auto.AutoHfQuantizer.from_config(config, pre_quantized=False)
+        assert type(made) is stock
 
 
 @pytest.mark.parametrize(
@@ -215,6 +263,8 @@ def test_stock_configs_of_other_models_are_left_alone(folder: Callable[..., Path
     [
         ("awq", lambda: transformers.AwqConfig(bits=4)),
         ("gptq_v1", lambda: transformers.GPTQConfig(bits=4, group_size=64)),
+        ("fp4", lambda: transformers.BitsAndBytesConfig(load_in_4bit=True)),
+        ("int8", lambda: transformers.BitsAndBytesConfig(load_in_8bit=True)),
     ],
 )
 def test_a_config_that_tutorials_pass(
@@ -374,7 +424,7 @@ def test_errors_name_what_is_wrong(folder: Callable[..., Path], tmp_path: Path) 
     refuse(lambda: hf.enable(("gguf",)), "no format 'gguf'", "awq or gptq")
 
 
-SCHEMES = ["nf4", "nf4-dq", "w4g32", "w4g64-sym", "w8channel", "w3g32"]
+SCHEMES = ["nf4", "nf4-dq", "fp4", "w4g32", "w4g64-sym", "w8channel", "w3g32"]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -413,12 +463,34 @@ def test_rounded_but_not_all(folder: Callable[..., Path], tmp_path: Path) -> Non
     assert torch.equal(logits(salience.load(tmp_path / "out")), logits(model))
 
 
-def test_rounded_in_another_format(folder: Callable[..., Path], tmp_path: Path) -> None:
-    config = hf.SalienceConfig("w4g32", format="awq")
+@pytest.mark.parametrize("kind", ["awq", "gptq_v1", "int8"])
+def test_rounded_in_another_format(folder: Callable[..., Path], tmp_path: Path, kind: str) -> None:
+    """The linears are those of `salience quantize`, which rounds all else to fp16."""
+    stored, out = folder(kind=kind), tmp_path / "out"
+    config = hf.SalienceConfig(KINDS[kind]["scheme"], format=KINDS[kind]["format"])
     model = load(folder(), quantization_config=config)
+    model.save_pretrained(out)
+    wanted, found = (load_file(path / "model.safetensors") for path in (stored, out))
+    assert wanted.keys() == found.keys()
+    floats = {name for name in wanted if wanted[name].dtype != found[name].dtype}
+    assert len(floats) == 9 and not any("proj" in name for name in floats)
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted.keys() - floats)
+    assert config_of(out)["quantization_config"] == config_of(stored)["quantization_config"]
+    assert (out / "quantize_config.json").exists() == (kind == "gptq_v1")
+    assert torch.equal(logits(load(out)), logits(model))
+
+
+def test_a_config_that_names_no_method(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """As the first ones of bitsandbytes."""
+
+    def unnamed(config: dict[str, Any]) -> None:
+        del config["quantization_config"]["quant_method"]
+
+    stored = edited(folder(kind="int8"), tmp_path / "in", config=unnamed)
+    model = load(stored)
+    assert torch.equal(logits(model), logits(load(folder(kind="int8"))))
     model.save_pretrained(tmp_path / "out")
-    assert config_of(tmp_path / "out")["quantization_config"]["quant_method"] == "awq"
-    assert torch.equal(logits(load(tmp_path / "out")), logits(model))
+    same_checkpoint(stored, tmp_path / "out")
 
 
 def test_what_cannot_be_rounded(folder: Callable[..., Path]) -> None:

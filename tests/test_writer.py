@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from helpers_checkpoint import TENSORS, refuse
 from salience.checkpoint import INDEX_NAME, SafetensorsCheckpoint, read_json
@@ -55,6 +55,18 @@ def test_writes_one_file(out: Path) -> None:
     with (out / "model.safetensors").open("rb") as file:
         header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
     assert header["__metadata__"] == {"format": "pt"}
+
+
+def test_the_same_bytes_as_the_library(tmp_path: Path) -> None:
+    """Whose order of dtypes of one width is its own: I64, F64 and BF16, F16 and I8, U8."""
+    dtypes = [
+        *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool),
+        *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    ]
+    tensors = {f"{key}{i}": torch.ones(3).to(d) for i, d in enumerate(dtypes) for key in "ba"}
+    write_tensors(tmp_path / "ours", tensors, {"format": "pt"})
+    save_file(tensors, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
 def test_writes_shards(out: Path) -> None:

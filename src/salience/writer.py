@@ -21,13 +21,14 @@ from salience.machine import free_disk_bytes
 SHARD_BYTES = 2**29
 # What float tensors may be stored in, by the name that configs and the command line have for it.
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+# In the order of the library's files: wide elements first, so that all are aligned.
 _DTYPES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
     torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
     torch.int16: "I16",
     torch.int8: "I8",
     torch.uint8: "U8",
@@ -110,7 +111,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file as the library does, but one tensor at a time.
+    """Write a safetensors file, the same bytes as the library, but one tensor at a time.
 
     The library lays the whole file out in memory first. Tensors that are mapped from other files
     are read as they are written.
@@ -120,8 +121,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
         tensors: taken out of the dict one after the other, so that each can be freed.
         metadata: of the file.
     """
-    # Wide elements first, so that all are aligned in the file.
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    places = {dtype: place for place, dtype in enumerate(_DTYPES)}
+    order = sorted(tensors, key=lambda name: (places[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name in order:

@@ -10,7 +10,7 @@ Transformers reads AWQ and GPTQ checkpoints with gptqmodel and optimum, and stop
 them out. While a model loads, each linear that owns packed tensors by the headers of the files
 becomes a module of these very tensors; when they have arrived, a `QuantLinear`. No name in a list
 of exceptions is looked at, so none can be misread. `save_pretrained` writes the tensors as they
-were.
+were, or refuses: AutoAWQ's layouts other than gemm are only read.
 
 A float checkpoint is rounded to nearest as it is read with
 
@@ -74,17 +74,20 @@ def enable(formats: Sequence[str] = ("awq", "gptq")) -> None:
         if name not in CONFIGS:
             raise SalienceError(f"there is no format {name!r}; use {' or '.join(CONFIGS)}")
     for name in formats:
-        key, ours = CONFIGS[name]
-        config, quantizer = AUTO_QUANTIZATION_CONFIG_MAPPING[key], AUTO_QUANTIZER_MAPPING[key]
-        if not isinstance(config, _Configs):
-            AUTO_QUANTIZATION_CONFIG_MAPPING[key] = _Configs(config, ours)  # type: ignore[assignment]
-        if not isinstance(quantizer, _Quantizers):
-            AUTO_QUANTIZER_MAPPING[key] = _Quantizers(quantizer)  # type: ignore[assignment]
+        keys, ours = CONFIGS[name]
+        for key in keys:
+            config, quantizer = AUTO_QUANTIZATION_CONFIG_MAPPING[key], AUTO_QUANTIZER_MAPPING[key]
+            if not isinstance(config, _Configs):
+                made: Any = _Configs(config, ours)
+                AUTO_QUANTIZATION_CONFIG_MAPPING[key] = made
+            if not isinstance(quantizer, _Quantizers):
+                made = _Quantizers(quantizer)
+                AUTO_QUANTIZER_MAPPING[key] = made
 
 
 def disable() -> None:
     """Undo `enable`, of every format."""
-    for key, _ in CONFIGS.values():
+    for key in (key for keys, _ in CONFIGS.values() for key in keys):
         config, quantizer = AUTO_QUANTIZATION_CONFIG_MAPPING[key], AUTO_QUANTIZER_MAPPING[key]
         if isinstance(config, _Configs):
             AUTO_QUANTIZATION_CONFIG_MAPPING[key] = config.stock

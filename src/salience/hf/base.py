@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from salience.formats import FORMATS
 from salience.linear import QuantEmbedding, QuantLinear
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
+from salience.writer import write_json
 
 
 class PackedQuantizer(HfQuantizer):
@@ -39,6 +41,13 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+    def own_saving(self, model: Any) -> None:
+        """Give a model the `save_pretrained` of packed ones.
+
+        Transformers tells a quantizer of no folder, and of a refusal only to look at the log.
+        """
+        model.save_pretrained = MethodType(save_pretrained, model)
 
     def get_state_dict_and_metadata(self, model: Any, *args: object) -> tuple[Any, dict[str, str]]:
         """All tensors under the names of the format. Those that are still in the files they came
@@ -89,6 +98,26 @@ class PackedQuantizer(HfQuantizer):
 
     def _weights(self, model: Any) -> ModelWeights:
         return ModelWeights(SafetensorsCheckpoint(self.files[0].parent, self.files), model)
+
+
+def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+    """`save_pretrained` of the model's class, and the file beside `config.json` in which some
+    readers of the format look for the same config.
+
+    Raises:
+        SalienceError: a layout that is only read.
+    """
+    quantizer = model.hf_quantizer
+    adapter = getattr(model, "_hf_peft_config_loaded", False)  # which is saved alone
+    if not adapter and quantizer.fmt not in FORMATS:
+        raise SalienceError(
+            f"the layout {quantizer.fmt.name} is read, not written; make an awq checkpoint of it: "
+            f"`salience convert {quantizer.files[0].parent} --format awq -o FOLDER`"
+        )
+    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    if not adapter and quantizer.fmt.config_file and kwargs.get("is_main_process", True):
+        stored = model.config.quantization_config.to_dict()
+        write_json(Path(save_directory) / quantizer.fmt.config_file, stored)
 
 
 def _equal(a: QTensor, b: QTensor) -> bool:

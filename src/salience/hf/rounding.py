@@ -117,6 +117,7 @@ class RoundingQuantizer(PackedQuantizer):
         method = self.fmt.config(self.packed, list(dict.fromkeys(self._kept)))
         _, ours = CONFIGS[method["quant_method"]]
         model.config.quantization_config = ours(**method)
+        self.own_saving(model)
 
 
 class _Round(ConversionOps):

@@ -25,7 +25,8 @@ class StoredConfig(QuantizationConfigMixin):
 
     def __init__(self, **stored: Any) -> None:
         vars(self).update(stored)
-        self.quant_method = QuantizationMethod(stored["quant_method"])
+        # The first ones of bitsandbytes named no method.
+        self.quant_method = QuantizationMethod(stored.get("quant_method", "bitsandbytes"))
         self._stored = copy.deepcopy(stored)
 
     def to_dict(self) -> dict[str, Any]:
@@ -49,19 +50,20 @@ class CompressedTensorsConfig(StoredConfig):
 
 
 class BitsAndBytesConfig(StoredConfig, StockBitsAndBytesConfig):
-    """Of a bitsandbytes checkpoint in 4 bits. Transformers wants an instance of its own class."""
+    """Of a bitsandbytes checkpoint. Transformers wants an instance of its own class."""
 
     def __init__(self, **stored: Any) -> None:
         super().__init__(**stored)
-        self._load_in_4bit, self._load_in_8bit = True, False
+        self._load_in_8bit = bool(stored.get("load_in_8bit"))
+        self._load_in_4bit = not self._load_in_8bit
 
 
-# Transformers' name of a format, and our config of it.
-CONFIGS: dict[str, tuple[str, type[StoredConfig]]] = {
-    "awq": ("awq", AwqConfig),
-    "gptq": ("gptq", GPTQConfig),
-    "compressed-tensors": ("compressed-tensors", CompressedTensorsConfig),
-    "bitsandbytes": ("bitsandbytes_4bit", BitsAndBytesConfig),
+# Transformers' names of a method, and our config of it.
+CONFIGS: dict[str, tuple[tuple[str, ...], type[StoredConfig]]] = {
+    "awq": (("awq",), AwqConfig),
+    "gptq": (("gptq",), GPTQConfig),
+    "compressed-tensors": (("compressed-tensors",), CompressedTensorsConfig),
+    "bitsandbytes": (("bitsandbytes_4bit", "bitsandbytes_8bit"), BitsAndBytesConfig),
 }
 
 
@@ -182,3 +184,4 @@ class StoredQuantizer(PackedQuantizer):
                 model.set_submodule(name, QuantEmbedding(qt, model.dtype))
             else:
                 model.set_submodule(name, QuantLinear(qt, buffers.get("bias")))
+        self.own_saving(model)

@@ -1,6 +1,6 @@
 """A linear of 4-bit weights on a GPU, beside cuBLAS in fp16 and the floor that memory sets.
 
-    python benchmarks/kernels.py -o benchmarks/results/kernels_h100.json
+    python benchmarks/linear_gpu.py -o benchmarks/results/linear_gpu_h100.json
 
 Each time is the median of replays of a CUDA graph over so many copies of the weight that the L2
 cache holds none. All in one process, kernel after kernel on each shape: compare ratios. Correctness
