@@ -35,7 +35,7 @@ def fuzz(target: str, corpus: Path, seconds: int) -> None:
         import fuzz_targets
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    fuzz_targets.start()
+    fuzz_targets.start([target])
     for i, data in enumerate(fuzz_targets.seeds(target)):
         (corpus / f"seed-{i}").write_bytes(data)
     flags = [f"-max_total_time={seconds}", f"-timeout={_SLOWEST}", f"-rss_limit_mb={_RSS_MIB}"]
