@@ -621,6 +621,8 @@ def seeds(name: str) -> list[bytes]:
 
 def start(names: Sequence[str] = tuple(TARGETS)) -> None:
     """Make what is made once for these targets, out of a fuzzer's first input's time."""
+    for fmt, scheme, _, parts in readable():
+        check_weight(fmt.read(parts, scheme))
     for name in names:
         for data in seeds(name):
             run(name, data)
