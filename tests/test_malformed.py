@@ -678,6 +678,12 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "search_pickle", fuzz_targets.pt_bytes({"scale": [], "clip": clips})
     yield "index_file", b'{"weight_map":' * 50_000
     yield "report_file", b'{"linears":[' * 50_000
+    for count in (2**33, 2**62):
+        yield "pt_file", fuzz_targets.pt_bytes({"a": torch.zeros(1).expand(count)})
+    for text in (b"(a+)+$", b".*" * 30 + b"Q", b"(" * 8000):
+        yield "pattern", text
+    for name in ("gguf_config", "quantize_config", "tokenizer_file"):
+        yield name, b'{"a":' * 50_000
 
 
 @pytest.mark.slow
