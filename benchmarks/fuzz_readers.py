@@ -18,7 +18,9 @@ import sys
 import tempfile
 import time
 import traceback
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 _SLOWEST = 10  # seconds for one input
 _MEMORY = 6 << 30
@@ -35,7 +37,7 @@ def fuzz(target: str, corpus: Path, seconds: int) -> None:
         import fuzz_targets
 
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    fuzz_targets.start()
+    fuzz_targets.start([target])
     for i, data in enumerate(fuzz_targets.seeds(target)):
         (corpus / f"seed-{i}").write_bytes(data)
     flags = [f"-max_total_time={seconds}", f"-timeout={_SLOWEST}", f"-rss_limit_mb={_RSS_MIB}"]
@@ -61,9 +63,35 @@ def fuzz(target: str, corpus: Path, seconds: int) -> None:
     atheris.Fuzz()
 
 
+def in_a_process(name: str, corpus: Path, seconds: int) -> dict[str, Any]:
+    """Fuzz one target; what came of it."""
+    corpus.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, __file__, "--one", name, "--seconds", str(seconds)]
+    command += ["--corpus", str(corpus)]
+    start = time.perf_counter()
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
+    took = time.perf_counter() - start
+    pattern = r"^(?:stat::number_of_executed_units:|#)\s*(\d+)"
+    counts = [int(n) for n in re.findall(pattern, done.stderr, re.MULTILINE)]
+    coverage = re.findall(r"cov: (\d+)", done.stderr)
+    findings = re.findall(r"^FINDING (.*)$", done.stderr, re.MULTILINE)
+    findings = [json.loads(line) for line in findings]
+    if done.returncode:  # a hang, a bomb or a death
+        findings.append("\n".join(done.stderr.splitlines()[-30:]))
+    result = {
+        "executions": max(counts, default=0),
+        "seconds": round(took, 1),
+        "coverage": int(coverage[-1]) if coverage else 0,
+        "findings": findings,
+    }
+    print(name, result["executions"], result["coverage"], *findings, sep="\n", flush=True)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=int, default=600, help="for all targets together")
+    parser.add_argument("--jobs", type=int, default=1, help="targets at a time")
     parser.add_argument("--targets", nargs="*", help="default: all")
     parser.add_argument("-o", "--out", type=Path)
     parser.add_argument("--corpus", type=Path, help="kept between runs; default: a temporary one")
@@ -73,41 +101,16 @@ def main() -> None:
         fuzz(args.one, args.corpus, args.seconds)
         return
     import fuzz_targets
-    from salience.formats import FORMATS
+    from salience.formats import FORMATS, READ_ONLY
 
     names = args.targets or list(fuzz_targets.TARGETS)
     corpus = args.corpus or Path(tempfile.mkdtemp(prefix="fuzz-corpus-"))
-    results = {}
-    for name in names:
-        (corpus / name).mkdir(parents=True, exist_ok=True)
-        each = max(1, args.seconds // len(names))
-        command = [sys.executable, __file__, "--one", name, "--seconds", str(each)]
-        command += ["--corpus", str(corpus / name)]
-        start = time.perf_counter()
-        done = subprocess.run(command, stderr=subprocess.PIPE, text=True, errors="replace")
-        took = time.perf_counter() - start
-        counts = [
-            int(n)
-            for n in re.findall(
-                r"^(?:stat::number_of_executed_units:|#)\s*(\d+)", done.stderr, re.MULTILINE
-            )
-        ]
-        coverage = re.findall(r"cov: (\d+)", done.stderr)
-        findings = re.findall(r"^FINDING (.*)$", done.stderr, re.MULTILINE)
-        findings = [json.loads(line) for line in findings]
-        if done.returncode:  # a hang, a bomb or a death
-            findings.append("\n".join(done.stderr.splitlines()[-30:]))
-        results[name] = {
-            "executions": max(counts, default=0),
-            "seconds": round(took, 1),
-            "coverage": int(coverage[-1]) if coverage else 0,
-            "findings": findings,
-        }
-        print(name, results[name]["executions"], results[name]["coverage"], flush=True)
-        for finding in findings:
-            print(finding, flush=True)
+    each = max(1, args.seconds // len(names))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = list(pool.map(lambda name: in_a_process(name, corpus / name, each), names))
+    results = dict(zip(names, found, strict=True))
     summary = {
-        "formats": [fmt.name for fmt in FORMATS],
+        "formats": list(dict.fromkeys(fmt.name for fmt in (*FORMATS, *READ_ONLY))),
         "executions": sum(r["executions"] for r in results.values()),
         "seconds": round(sum(r["seconds"] for r in results.values()), 1),
         "findings": sum(len(r["findings"]) for r in results.values()),

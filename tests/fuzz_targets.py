@@ -1,8 +1,8 @@
 """What is done to untrusted bytes: each target reads some and may raise SalienceError alone.
 
 `test_malformed.py` runs the targets on a few random inputs, `benchmarks/fuzz_readers.py` on many,
-led by coverage. A target is generic over `formats.FORMATS`: a new format is fuzzed once it is in
-that list and `SCHEMES` has a scheme that it holds.
+led by coverage. A target is generic over `formats.FORMATS` and `READ_ONLY`: a new format is fuzzed
+once it is in one of them and `SCHEMES` has a scheme that it holds, or `golden` its tensors.
 """
 
 import copy
@@ -11,28 +11,54 @@ import json
 import pickle
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+import time
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
 import numpy
 import torch
-from safetensors.torch import save
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from salience.checkpoint import INDEX_NAME, GgufCheckpoint, SafetensorsCheckpoint, read_json
+from salience.checkpoint import (
+    BLOCKS,
+    CONFIG_KEY,
+    INDEX_NAME,
+    GgufCheckpoint,
+    SafetensorsCheckpoint,
+    open_checkpoint,
+    read_json,
+)
 from salience.cli.console import parse_size
+from salience.converting import _open, _plan
 from salience.errors import SalienceError
-from salience.formats import FORMATS, Format, detect_format, stored_config
+from salience.formats import (
+    FORMATS,
+    READ_ONLY,
+    Format,
+    Reader,
+    detect_format,
+    get_format,
+    stored_config,
+)
+from salience.gguf_tokenizer import vocabulary
 from salience.grid import quantize
 from salience.linear import QuantLinear
+from salience.patterns import matching
+from salience.pt_checkpoint import PtCheckpoint
 from salience.qtensor import QTensor
 from salience.report import read_report
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
+from salience.source import _check_layers
 
+GOLDEN = Path(__file__).parent / "golden" / "autoawq_gemv.safetensors"
 NAME = "model.layers.0.mlp.up_proj"
 SCHEMES = tuple(
     Scheme.parse(text)
@@ -49,6 +75,7 @@ SCHEMES = tuple(
     )
 )
 _MEMORY_DISK = "/dev/shm" if Path("/dev/shm").is_dir() else None
+_MOST_SECONDS = 2  # of one name's patterns
 _MOST_ELEMENTS = 2**22  # a seed is far smaller, so that a fuzzer's input is, too
 
 
@@ -150,19 +177,52 @@ def written() -> list[tuple[Format, Scheme, dict[str, Any], dict[str, Tensor]]]:
                 tensors = fmt.write(quantize(weight, scheme))
             except SalienceError:
                 continue  # what this format does not hold
-            found.append((fmt, scheme, fmt.config({NAME: scheme}, ["lm_head"]), tensors))
+            kept = ["lm_head", "model.layers.0.mlp.gate"]
+            found.append((fmt, scheme, fmt.config({NAME: scheme}, kept), tensors))
     assert {fmt.name for fmt in FORMATS} == {fmt.name for fmt, *_ in found}
     return found
 
 
+Case = tuple[Reader, Scheme, dict[str, Any], dict[str, Tensor]]
+
+
+@cache
+def golden() -> list[Case]:
+    """What AutoAWQ packed, of the layouts that are only read; llm-awq's is one of its two."""
+    stored = load_file(GOLDEN)
+    found: list[Case] = []
+    for version, fmt in zip(("gemv", "gemv_fast", "gemv_fast"), READ_ONLY, strict=True):
+        for size in (32, 64):
+            names = {local: local.replace("scaled_", "q") for local in fmt.tensors}
+            tensors = {local: stored[f"{version}_g{size}.{names[local]}"] for local in names}
+            config = {"quant_method": "awq", "bits": 4, "group_size": size, "version": version}
+            config |= {"backend": "llm-awq"} if "scaled_zeros" in fmt.tensors else {}
+            found.append((fmt, Scheme(4, size), config, tensors))
+    assert {fmt.name for fmt in READ_ONLY} == {fmt.name for fmt, *_ in found}
+    return found
+
+
+def readable() -> list[Case]:
+    """A small weight in every format that is read."""
+    return [*written(), *golden()]
+
+
 def check_weight(qt: QTensor) -> None:
     """A weight that a reader let through can be used."""
+    check_scheme(qt.scheme)
     assert int(qt.q.max()) <= qt.scheme.levels if qt.q.numel() else True
     dense = qt.dequantize()
     assert dense.shape == qt.q.shape
     if dense.numel():
         out = QuantLinear(qt)(torch.ones(1, qt.in_features))
         assert out.shape == (1, qt.out_features)
+
+
+def check_scheme(scheme: Scheme) -> None:
+    """One out of a config, where 4.0 and true are numbers, too."""
+    assert isinstance(scheme, Scheme)
+    assert type(scheme.bits) is int and type(scheme.group_size) is int
+    assert type(scheme.sym) is bool
 
 
 # Targets. Each gets bytes and a folder of its own.
@@ -195,7 +255,54 @@ def index_file(data: bytes, folder: Path) -> None:
 
 def gguf_file(data: bytes, folder: Path) -> None:
     (folder / "model.gguf").write_bytes(data)
-    read_all(GgufCheckpoint(folder / "model.gguf"))
+    checkpoint = GgufCheckpoint(folder / "model.gguf")
+    read_all(checkpoint)
+    for name in sorted(checkpoint.names())[:64]:
+        if checkpoint.has_blocks(name):
+            assert checkpoint.shape(f"{name}{BLOCKS}") == checkpoint.tensor(f"{name}{BLOCKS}").shape
+    read_config(checkpoint)
+
+
+def read_config(checkpoint: GgufCheckpoint) -> None:
+    """All that is asked of the config in a file of ours, but for what Transformers does with it."""
+    values = checkpoint.config()
+    if values is None:
+        return
+    _check_layers(checkpoint.path, values, checkpoint)
+    found = stored_config(SimpleNamespace(**values), checkpoint)
+    if found is not None:
+        check_scheme(detect_format(found).scheme(found, NAME))
+
+
+def gguf_config(data: bytes, folder: Path) -> None:
+    """A GGUF file whose `salience.config` is any text."""
+    keys = {"general.architecture": b"llama", CONFIG_KEY: data}
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, len(keys))
+    for key, value in keys.items():
+        header += struct.pack("<Q", len(key)) + key.encode() + struct.pack("<I", 8)
+        header += struct.pack("<Q", len(value)) + value
+    (folder / "model.gguf").write_bytes(header.ljust(256, b"\0"))
+    read_config(GgufCheckpoint(folder / "model.gguf"))
+
+
+def pt_file(data: bytes, folder: Path) -> None:
+    (folder / "model-v2.pt").write_bytes(data)
+    read_all(open_checkpoint(folder))
+
+
+def pt_pickle(data: bytes, folder: Path) -> None:
+    """The pickle in a .pt file, where the sums of the zip would keep a fuzzer out."""
+    with zipfile.ZipFile(folder / "model-v2.pt", "w") as file:
+        for name, part in (("data.pkl", data), ("byteorder", b"little"), ("data/0", bytes(64))):
+            file.writestr(f"archive/{name}", part)
+        file.writestr("archive/version", b"3\n")
+    read_all(PtCheckpoint(folder))
+
+
+def tokenizer_file(data: bytes, folder: Path) -> None:
+    """What the vocabulary of a GGUF file is made of."""
+    (folder / "tokenizer.json").write_bytes(data)
+    vocabulary(folder, 16)
 
 
 def json_file(data: bytes, folder: Path) -> None:
@@ -206,12 +313,36 @@ def json_file(data: bytes, folder: Path) -> None:
 def config(data: bytes, _folder: Path) -> None:
     """A changed `quantization_config`, up to the scheme of a linear."""
     draw = Draw(data)
-    _, _, good, _ = draw.of(written())
+    _, _, good, _ = draw.of(readable())
     changed = type("Config", (), {"quantization_config": json_in(draw, good)})
     found = stored_config(changed)
     if found is not None:
-        scheme = detect_format(found).scheme(found, NAME)
-        assert isinstance(scheme, Scheme)
+        check_scheme(detect_format(found).scheme(found, NAME))
+
+
+def quantize_config(data: bytes, folder: Path) -> None:
+    """AutoGPTQ's file beside the weights."""
+    (folder / "model.safetensors").write_bytes(save({"a": torch.zeros(2)}))
+    (folder / "quantize_config.json").write_bytes(data)
+    found = stored_config(SimpleNamespace(), SafetensorsCheckpoint(folder))
+    if found is not None:
+        check_scheme(detect_format(found).scheme(found, NAME))
+
+
+def pattern(data: bytes, _folder: Path) -> None:
+    """A regular expression of compressed-tensors, and a key of GPTQModel's `dynamic`."""
+    text = data.decode("utf-8", "replace")
+    start = time.process_time()
+    refused = None
+    try:
+        matching({"re:": text}, NAME)
+    except SalienceError as error:
+        refused = error
+    config = {"bits": 4, "group_size": 32, "dynamic": {text: {"bits": 8}, "": {}}}
+    check_scheme(get_format("gptq").scheme(config, NAME))
+    assert time.process_time() - start < _MOST_SECONDS
+    if refused:
+        raise refused
 
 
 def config_text(data: bytes, _folder: Path) -> None:
@@ -220,18 +351,25 @@ def config_text(data: bytes, _folder: Path) -> None:
         value = json.loads(data)
     except (ValueError, RecursionError):
         return
-    for fmt in FORMATS:
+    for fmt in (*FORMATS, *READ_ONLY):
         if isinstance(value, dict) and fmt.detect(value):
-            fmt.scheme(value, NAME)
+            check_scheme(fmt.scheme(value, NAME))
 
 
 def tensors(data: bytes, _folder: Path) -> None:
     """Changed tensors of a weight, and a changed config now and then."""
     draw = Draw(data)
-    fmt, _, good, stored = draw.of(written())
-    parts = dict(stored)
+    fmt, _, good, stored = draw.of(readable())
     if draw.below(4) == 0:
         good = json_in(draw, good)
+    parts = parts_in(draw, fmt, stored)
+    if isinstance(good, dict) and fmt.detect(good):
+        check_weight(fmt.read(parts, fmt.scheme(good, NAME)))
+
+
+def parts_in(draw: Draw, fmt: Reader, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a weight with some of them changed."""
+    parts = dict(stored)
     for _ in range(1 + draw.below(3)):
         local = draw.of(sorted(fmt.tensors))
         if local in parts and draw.below(8) == 0:
@@ -242,8 +380,33 @@ def tensors(data: bytes, _folder: Path) -> None:
             columns = 64
             index = torch.tensor([draw.byte() - 8 for _ in range(columns)], dtype=torch.int32)
             parts[local] = tensor_in(draw, index) if draw.below(2) else index
-    if isinstance(good, dict) and fmt.detect(good):
-        check_weight(fmt.read(parts, fmt.scheme(good, NAME)))
+    return parts
+
+
+def conversion(data: bytes, folder: Path) -> None:
+    """What `convert` does before it writes, of a folder with one weight, in any container."""
+    draw = Draw(data)
+    fmt, _, good, stored = draw.of(readable())
+    changed = draw.below(4)
+    found = json_in(draw, good) if changed & 1 else good
+    parts = parts_in(draw, fmt, stored) if changed & 2 else stored
+    tensors = {f"{NAME}.{local}": tensor.contiguous() for local, tensor in parts.items()}
+    tensors["model.norm.weight"] = torch.ones(4)
+    tensors[draw.of(("lm_head.weight", "a.0.b", "\u00b2", "x" + "1" * 5000))] = torch.ones(4, 4)
+    config: Any = {"model_type": "llama", "dtype": "float16"}
+    beside = draw.below(3)
+    if beside == 0:
+        config["quantization_config"] = found
+    elif beside == 1:
+        (folder / "quantize_config.json").write_text(json.dumps(found))
+    config = json_in(draw, config) if draw.below(2) else config
+    (folder / "config.json").write_text(json.dumps(config))
+    if draw.below(4) == 0:
+        torch.save(tensors, folder / "model-v2.pt")
+    else:
+        (folder / "model.safetensors").write_bytes(save({k: t.clone() for k, t in tensors.items()}))
+    target = draw.of([fmt.name for fmt in FORMATS])
+    _plan(_open(folder, get_format(target), None), lambda *_: None)
 
 
 def quant_state(data: bytes, _folder: Path) -> None:
@@ -292,6 +455,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         *(safetensors_file, safetensors_header, index_file, gguf_file, json_file, config),
         *(config_text, tensors, quant_state, search_file, search_pickle, report_file, option),
+        *(gguf_config, pt_file, pt_pickle, tokenizer_file, quantize_config, pattern, conversion),
     )
 }
 
@@ -307,7 +471,9 @@ def run(name: str, data: bytes) -> bool:
     """Run a target in an empty folder; whether it took the bytes for good ones."""
     with tempfile.TemporaryDirectory(prefix="fuzz-", dir=_MEMORY_DISK) as folder:
         try:
-            TARGETS[name](data, Path(folder))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch and numpy warn of what is refused next
+                TARGETS[name](data, Path(folder))
         except SalienceError as error:
             check_error(error)
             return False
@@ -368,6 +534,30 @@ def llm_awq_bytes() -> bytes:
     return pt_bytes({"scale": [(prev, sinks, torch.ones(8))], "clip": [clip]})
 
 
+def pickle_of(file: bytes) -> bytes:
+    """The pickle in a .pt file."""
+    with zipfile.ZipFile(io.BytesIO(file)) as archive:
+        return archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+
+
+def tokenizer_json(**model: Any) -> bytes:
+    """A small tokenizer.json."""
+    words = {"a": 0, "b": 1, "ab": 2, "<0x0A>": 3}
+    values = {
+        "added_tokens": [{"id": 4, "content": "<s>", "special": True}],
+        "normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "_"}]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": "a"}},
+                {"type": "ByteLevel", "add_prefix_space": False},
+            ],
+        },
+        "model": {"type": "BPE", "vocab": words, "merges": ["a b", ["a", "b"]], **model},
+    }
+    return json.dumps(values).encode()
+
+
 REPORT = {
     **dict.fromkeys(("model", "out", "method", "effort", "scheme", "format", "device"), "x"),
     "calibration": None,
@@ -385,6 +575,7 @@ REPORT = {
 @cache
 def seeds(name: str) -> list[bytes]:
     """Good inputs of a target, and the bytes that lead a structured one."""
+    square = torch.zeros(4, 4)
     header = {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
     states = [
         bytes(stored[local].tolist())
@@ -403,13 +594,35 @@ def seeds(name: str) -> list[bytes]:
         "search_file": [search_bytes()],
         "search_pickle": [llm_awq_bytes(), pickle.dumps({"scale": [], "clip": []}, 2)],
         "report_file": [json.dumps(REPORT).encode()],
+        "gguf_config": [
+            json.dumps({"num_hidden_layers": 0, "quantization_config": values}).encode()
+            for fmt, _, values, _ in written()
+            if fmt.name == "gguf"
+        ],
+        "pt_file": [pt_bytes({"a": torch.zeros(2, 3), "b": torch.ones(3).half()})],
+        "pt_pickle": [pickle_of(pt_bytes({"a": square.T, "b": square[1:]}))],
+        "tokenizer_file": [tokenizer_json(), tokenizer_json(byte_fallback=True, unk_token="a")],
+        "quantize_config": [
+            json.dumps(values).encode() for fmt, _, values, _ in written() if fmt.name == "gptq"
+        ],
+        "pattern": [
+            rb"model\.layers\.(?P<i>\d+)\.mlp\.(up|gate)_proj",
+            rb"^(?!.*(layers\.0|lm_head)).*$",
+            rb"+:.*[a-z]{1,3}?\.mlp",
+        ],
+        # Which weight, nothing changed, in safetensors, to each format in turn.
+        "conversion": [
+            struct.pack("<7H", i, 0, 0, 0, 0, 1, i % len(FORMATS)) for i in range(len(readable()))
+        ],
         "option": [b"w4g128", b"w3channel-sym", b"nf4-dq", b"8GiB", b"1.5 MB"],
     }
     return found.get(name, [bytes(range(i, i + 40)) for i in range(0, 200, 40)])
 
 
-def start() -> None:
-    """Make what is made once, out of a fuzzer's first input's time."""
-    for name in TARGETS:
+def start(names: Sequence[str] = tuple(TARGETS)) -> None:
+    """Make what is made once for these targets, out of a fuzzer's first input's time."""
+    for fmt, scheme, _, parts in readable():
+        check_weight(fmt.read(parts, scheme))
+    for name in names:
         for data in seeds(name):
             run(name, data)

@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -451,6 +452,43 @@ def test_rounded_with_biases_and_transposed_weights(
     assert error(logits(model), logits(load(folder(name)))) < 0.05
     model.save_pretrained(tmp_path / "out")
     assert torch.equal(logits(salience.load(tmp_path / "out")), logits(model))
+
+
+@pytest.mark.parametrize("kind", ["awq", "nf4", "float"])
+def test_stored_bias_that_the_model_lacks(
+    folder: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    """Zeros, which some tools store everywhere, do nothing; others would silently be left out."""
+    options = {"quantization_config": hf.SalienceConfig("w4g32")} if kind == "float" else {}
+    for name, rows in (("model.layers.0.mlp.up_proj", 128), ("lm_head", VOCABULARY)):
+        for value in (0, 1):
+            bias = {f"{name}.bias": torch.full((rows,), float(value))}
+            out = tmp_path / f"{name}-{value}"
+            bad = edited(folder(kind=kind), out, lambda t, more=bias: t.update(more))
+            if value:
+                refuse(partial(load, bad, **options), f"tensor {name}.bias of", "has no place")
+            else:
+                assert torch.equal(
+                    logits(load(bad, **options)), logits(load(folder(kind=kind), **options))
+                )
+
+
+def test_scales_that_are_not_finite(folder: Callable[..., Path], tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.up_proj"
+    bad = edited(
+        folder(kind="awq"), tmp_path / "out", lambda t: t[f"{name}.scales"].fill_(float("nan"))
+    )
+    refuse(lambda: load(bad), f"linear {name} of", "not finite")
+
+
+def test_keys_that_are_called_as_methods_are(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """A checkpoint's config is kept whole, and takes the place of no code."""
+    keys = {"to_dict": 5, "__iter__": 1}
+    copy = edited(
+        folder(kind="awq"), tmp_path / "out", config=lambda c: c["quantization_config"].update(keys)
+    )
+    found = load(copy).config.quantization_config.to_dict()
+    assert keys.items() <= found.items()
 
 
 def test_rounded_but_not_all(folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -625,6 +625,14 @@ def test_stored_bias_that_the_model_lacks(quantized: Path, llama: Path, tmp_path
             salience.load(out)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_float_weights_that_are_not_finite(quantized: Path, tmp_path: Path, value: float) -> None:
+    for name in ("model.layers.1.input_layernorm.weight", "model.embed_tokens.weight"):
+        out = edited(quantized, tmp_path / name, lambda t, n=name: t[n].view(-1)[5:6].fill_(value))
+        with pytest.raises(SalienceError, match=f"tensor {name} of .* has values that are not fin"):
+            salience.load(out)
+
+
 def test_tensors_that_transformers_ignores(tmp_path: Path) -> None:
     """DeepSeek-V3's extra block, which predicts a second token, is not part of the model."""
     folder = save(make_model(architecture("deepseek_v3")), tmp_path / "in")

@@ -17,6 +17,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,14 +29,31 @@ from torch import Tensor
 
 import fuzz_targets
 import salience
-from fuzz_targets import JUNK, NAME, TARGETS, check_error, check_weight, run, seeds, written
+from fuzz_targets import (
+    JUNK,
+    NAME,
+    TARGETS,
+    check_error,
+    check_weight,
+    golden,
+    run,
+    seeds,
+    written,
+)
 from helpers_bad import Runs
 from helpers_checkpoint import refuse
-from salience.checkpoint import INDEX_NAME, GgufCheckpoint, SafetensorsCheckpoint
+from salience.checkpoint import (
+    INDEX_NAME,
+    GgufCheckpoint,
+    SafetensorsCheckpoint,
+    open_checkpoint,
+)
 from salience.cli.console import parse_size
+from salience.converting import _natural
 from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
 from salience.formats.base import Format
+from salience.gguf_tokenizer import vocabulary
 from salience.patterns import matching
 from salience.report import read_report
 from salience.scheme import Scheme
@@ -322,6 +340,13 @@ def test_awq_config(changes: dict[str, Any]) -> None:
     refuse(lambda: detect_format(good | changes).scheme(good | changes, NAME))
 
 
+def test_whole_numbers_with_a_point() -> None:
+    """A finding: 4.0 is among 2, 3, 4 and 8, and no width that can be unpacked."""
+    _, good, _ = case("gptq", "w4g32")
+    for changes in ({"bits": 4.0}, {"bits": 8.0}, {"group_size": 32.0}, {"bits": True}):
+        refuse(lambda c=changes: detect_format(good | c).scheme(good | c, NAME), "gptq checkpoint")
+
+
 def test_group_size_beyond_the_weight() -> None:
     fmt, good, tensors = case("awq", "w4g32")
     scheme = fmt.scheme(good | {"group_size": 2**40}, NAME)
@@ -349,11 +374,28 @@ def test_rows_of_no_columns() -> None:
 )
 def test_patterns_that_could_take_long(pattern: str) -> None:
     name = "model.layers.11.self_attn.qqqqqqqqqqqqqqqqqqq_proj"
-    refuse(lambda: matching([f"re:{pattern}"], name), "quantization_config has 're:")
+    refuse(lambda: matching({"re:it": pattern}, name), "quantization_config has 're:it'")
 
 
 def test_many_patterns_that_take_long_together() -> None:
-    refuse(lambda: matching(["re:.*.*.*Q"] * 1000, NAME), "too long")
+    refuse(lambda: matching({f"{i}": ".*.*.*Q" for i in range(1000)}, NAME), "too long")
+
+
+@pytest.mark.parametrize("pattern", ["(a+)+$", "-:(.+)+Q", "+:" + ".*" * 30 + "Q", "(" * 3000])
+def test_dynamic_patterns_of_gptq(pattern: str) -> None:
+    """A finding: they went to `re` as they are."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": {pattern: {}}}
+    scheme = detect_format(config).scheme
+    refuse(lambda: scheme(config, "a" * 60 + "Q"), f"quantization_config has {pattern[:20]!r}"[:40])
+
+
+def test_the_first_dynamic_pattern_counts() -> None:
+    table = {r"+:.*\.up": {"bits": 8}, r".*\.up": {"bits": 2}, r"-:.*gate": {}}
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "dynamic": table}
+    scheme = detect_format(config).scheme
+    assert scheme(config, "a.up") == Scheme(8, 32, True)
+    assert scheme(config, "a.down") == Scheme(4, 32, True)
+    refuse(lambda: scheme(config, "a.gate"), "keeps it float ('-:.*gate')")
 
 
 @pytest.mark.parametrize(
@@ -371,9 +413,9 @@ def test_many_patterns_that_take_long_together() -> None:
 )  # fmt: skip
 def test_patterns_of_the_tools(pattern: str, matches: bool) -> None:
     if pattern == r"(?:[a-z]\w*\.)*mlp":  # a repeated group that has several ways
-        refuse(lambda: matching([f"re:{pattern}"], NAME), "repeat no groups")
+        refuse(lambda: matching({"a": pattern}, NAME), "repeat no groups")
         return
-    assert matching([f"re:{pattern}"], NAME) == [f"re:{pattern}"] * matches
+    assert matching({"a": pattern}, NAME) == ["a"] * matches
 
 
 # Tensors.
@@ -421,6 +463,9 @@ def state(text: bytes | None = None, **changes: Any) -> Tensor:
         ("bitsandbytes", "nf4-dq", STATE, state(shape=[[32], 64])),
         ("bitsandbytes", "nf4-dq", STATE, state(nested_offset="0")),
         ("bitsandbytes", "nf4-dq", STATE, state(blocksize=0)),
+        ("bitsandbytes", "nf4-dq", STATE, state(blocksize=64.0)),
+        ("gguf", "w4g32", "weight.blocks", torch.zeros(8, 0, 18, dtype=torch.uint8)),
+        ("gguf", "w4g32", "weight.blocks", torch.zeros(0, 2, 20, dtype=torch.uint8)),
         ("bitsandbytes", "nf4-dq", "weight.nested_quant_map", torch.zeros(1, 256)),
         ("bitsandbytes", "nf4-dq", "weight.nested_quant_map", torch.zeros(255)),
         ("bitsandbytes", "nf4-dq", "weight.nested_absmax", torch.zeros(1, 1)),
@@ -433,6 +478,18 @@ def test_tensors(fmt: str, scheme: str, name: str, value: Tensor) -> None:
     refuse(lambda: found.read(tensors | {name: value}, Scheme.parse(scheme)))
 
 
+def test_blocks_of_whole_rows_of_nothing() -> None:
+    """A finding: how many groups no columns make."""
+    fmt, _, _ = case("gguf", "w4g32")
+    blocks = {"weight.blocks": torch.zeros(8, 0, 18, dtype=torch.uint8)}
+    refuse(lambda: fmt.read(blocks, Scheme.parse("w4channel")), "blocks must be uint8")
+
+
+def test_codebooks_in_blocks() -> None:
+    fmt, good, _ = case("gguf", "w4g32")
+    refuse(lambda: fmt.scheme(good | {"scheme": "nf4"}, NAME), "has nf4, which no block holds")
+
+
 def test_state_without_the_offset() -> None:
     """A finding: the state of a weight without nested scales under a config with them."""
     found, _, tensors = case("bitsandbytes", "nf4-dq")
@@ -440,6 +497,90 @@ def test_state_without_the_offset() -> None:
     del bare["nested_offset"]
     value = torch.tensor(list(json.dumps(bare).encode()), dtype=torch.uint8)
     refuse(lambda: found.read(tensors | {STATE: value}, Scheme.parse("nf4-dq")), "nested_offset")
+
+
+# Pickled checkpoints.
+
+
+def llm_awq(folder: Path, **changes: Tensor) -> Path:
+    """A folder of llm-awq with one linear."""
+    _, _, _, tensors = golden()[-1]
+    stored = {f"{NAME}.{local}": tensor for local, tensor in (tensors | changes).items()}
+    torch.save(stored, folder / "model-v2.pt")
+    return folder
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (0,), (0, 8)])
+def test_scales_that_are_no_matrix(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """A finding, in what finds out the group size."""
+    stored = open_checkpoint(llm_awq(tmp_path))
+    assert stored_config(SimpleNamespace(), stored)["group_size"] == 64
+    bad = open_checkpoint(llm_awq(tmp_path, scales=torch.zeros(shape).half()))
+    refuse(lambda: stored_config(SimpleNamespace(), bad), tmp_path, NAME)
+
+
+@pytest.mark.parametrize("count", [2**33, 2**61, 2**62])
+def test_tensors_whose_bytes_wrap(count: int, tmp_path: Path) -> None:
+    """A finding: 2**62 numbers of 4 bytes each were 0 bytes."""
+    torch.save({"a": torch.zeros(1).expand(count)}, tmp_path / "m-v2.pt")
+    refuse(lambda: open_checkpoint(tmp_path), "tensor a of", "claims more bytes than are stored")
+
+
+# Conversion.
+
+
+@pytest.mark.parametrize("name", ["\u00b2", "x" + "1" * 5000, "a.\u0663.b", ""])
+def test_names_that_are_sorted_by_their_numbers(name: str) -> None:
+    """A finding: digits that are no numbers, and more of them than Python reads."""
+    names = ["a.10.b", "a.2.b", "a.9.b", name]
+    assert [n for n in sorted(names, key=_natural) if n != name] == ["a.2.b", "a.9.b", "a.10.b"]
+
+
+@pytest.mark.parametrize("junk", [5, True, "lm_head", {"a": 1}, [None, 3, "a.b"]])
+def test_lists_of_skipped_modules_that_are_none(junk: Any, tmp_path: Path) -> None:
+    """A finding; they are read to be written, and here they say nothing."""
+    _, good, tensors = case("awq", "w4g32")
+    save_file({f"{NAME}.{k}": v for k, v in tensors.items()}, tmp_path / "model.safetensors")
+    quantization = good | {"modules_to_not_convert": junk}
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    done = salience.convert(tmp_path, tmp_path / "out", "compressed-tensors")
+    assert done.linears == 1
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    ignored = written["quantization_config"]["ignore"]
+    assert ignored == (["a.b", "lm_head"] if isinstance(junk, list) else ["lm_head"])
+
+
+# tokenizer.json.
+
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "ids of no number": {"vocab": {"a": "0"}},
+    "ids below 0": {"vocab": {"a": -1}},
+    "ids with a point": {"vocab": {"a": 0.0}},
+    "merges of numbers": {"merges": [1, 2], "byte_fallback": True},
+    "merges of lists of numbers": {"merges": [[1, 2]], "byte_fallback": True},
+}
+
+
+@pytest.mark.parametrize("kind", list(TOKENIZERS))
+def test_tokenizer_models(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes(fuzz_targets.tokenizer_json(**TOKENIZERS[kind]))
+    refuse(lambda: vocabulary(tmp_path, 16), tmp_path / "tokenizer.json", "damaged")
+
+
+@pytest.mark.parametrize("key", ["added_tokens", "pre_tokenizer", "normalizer", "model"])
+def test_tokenizer_parts(key: str, tmp_path: Path) -> None:
+    good = json.loads(fuzz_targets.tokenizer_json(byte_fallback=True))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(good))
+    assert vocabulary(tmp_path, 16)
+    for junk in (7, "x", [7], {"pretokenizers": [7]}, {"normalizers": 7}, {"pattern": "x"}):
+        if key in ("pre_tokenizer", "normalizer") or not isinstance(junk, dict):
+            (tmp_path / "tokenizer.json").write_text(json.dumps(good | {key: junk}))
+            try:
+                vocabulary(tmp_path, 16)
+            except SalienceError as error:
+                check_error(error)
+            else:  # of the other key's
+                assert isinstance(junk, dict)
 
 
 # Searches, reports and journals.
@@ -491,6 +632,7 @@ def test_clips_of_llm_awq(clip: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_pickles_do_not_run(protocol: int, tmp_path: Path) -> None:
     ran, file = tmp_path / "ran", tmp_path / "found.pt"
     file.write_bytes(pickle.dumps({"scale": [Runs(ran)], "clip": []}, protocol))
@@ -536,6 +678,12 @@ def bombs() -> Iterator[tuple[str, bytes]]:
     yield "search_pickle", fuzz_targets.pt_bytes({"scale": [], "clip": clips})
     yield "index_file", b'{"weight_map":' * 50_000
     yield "report_file", b'{"linears":[' * 50_000
+    for count in (2**33, 2**62):
+        yield "pt_file", fuzz_targets.pt_bytes({"a": torch.zeros(1).expand(count)})
+    for text in (b"(a+)+$", b".*" * 30 + b"Q", b"(" * 8000):
+        yield "pattern", text
+    for name in ("gguf_config", "quantize_config", "tokenizer_file"):
+        yield name, b'{"a":' * 50_000
 
 
 @pytest.mark.slow

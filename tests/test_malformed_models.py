@@ -88,6 +88,28 @@ def test_config_of_a_folder(changes: dict[str, Any], model: Path, tmp_path: Path
         check_error(error)
 
 
+def test_skip_list_that_is_none(made: dict[str, Path], tmp_path: Path) -> None:
+    folder = copied(made["awq"], tmp_path)
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    for junk in (7, "lm_head", {"a": 1}):
+        edit_config(folder, quantization_config=config | {"modules_to_not_convert": junk})
+        source = open_source(str(folder))
+        refuse(lambda source=source: inspect(source), "modules_to_not_convert must be a list")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (64, 1)])
+def test_groups_of_other_columns(
+    shape: tuple[int, ...], made: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = copied(made["compressed-tensors"], tmp_path)
+    name = f"{NAME}.weight_g_idx"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = torch.zeros(shape, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refuse(lambda: inspect(open_source(str(folder))), f"tensor {name} of {folder}", "columns")
+    refuse(lambda: salience.load(folder), NAME, "weight_g_idx must be int32")
+
+
 @pytest.mark.parametrize(
     "text",
     [b"", b"[]", b"null", b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 100_000, b"1" * 5000],

@@ -221,7 +221,8 @@ class GgufCheckpoint:
         tensor = self._known(name.removesuffix(BLOCKS))
         if name.endswith(BLOCKS):
             blocks = torch.from_numpy(numpy.array(tensor.data, dtype=numpy.uint8))
-            return blocks.unflatten(1, (-1, _BLOCK_BYTES[tensor.tensor_type.name]))
+            size = _BLOCK_BYTES[tensor.tensor_type.name]
+            return blocks.unflatten(1, (blocks.shape[1] // size, size))
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:

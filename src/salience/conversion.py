@@ -6,6 +6,7 @@ is in memory is the parameter asked for. What is written goes back under the nam
 by, which every runtime knows.
 """
 
+import re
 from copy import deepcopy
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -150,6 +151,34 @@ class ModelWeights:
         if name not in self._origins:
             raise SalienceError(f"tensor {name} is missing from {self.path}")
         return self._origins[name]
+
+
+def unplaced(model: Any, weights: Checkpoint) -> set[str]:
+    """The stored tensors that no parameter or buffer takes, but for those the model passes over."""
+    passed = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    extra = weights.names() - model.state_dict().keys()
+    return {name for name in extra if not any(re.search(each, name) for each in passed)}
+
+
+def check_places(model: Any, weights: Checkpoint) -> None:
+    """Refuse a stored weight or bias that the model would silently do without.
+
+    Args:
+        model: the Transformers model, with no packed linear yet.
+        weights: its tensors under its names.
+
+    Raises:
+        SalienceError: a module of the model has no place for one that is not all zeros.
+    """
+    leaves = {name for name, part in model.named_modules() if not [*part.children()]}
+    for name in sorted(unplaced(model, weights)):
+        owner, _, leaf = name.rpartition(".")
+        # Some tools store a bias of zeros for every linear.
+        if owner in leaves and leaf in ("weight", "bias") and weights.tensor(name).any():
+            raise SalienceError(
+                f"tensor {name} of {weights.path} has no place: the model's {owner} has no {leaf}; "
+                "config.json does not fit the weights"
+            )
 
 
 def stored_tensors(model: Any, weights: Checkpoint, name: str, tensor: Tensor) -> dict[str, Tensor]:

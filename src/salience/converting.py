@@ -306,7 +306,8 @@ def _quantization(work: _Work) -> dict[str, Any]:
         for name in work.others
         if name.endswith(".weight") and len(work.stored.shape(name)) == 2
     ]
-    listed = [str(name) for key in _SKIPPED for name in work.quantization.get(key) or ()]
+    skipped = [work.quantization.get(key) for key in _SKIPPED]
+    listed = [str(name) for names in skipped if isinstance(names, list) for name in names]
     floats += [name for name in listed if re.fullmatch(r"\w+(\.\w+)+", name)]
     floats += ["lm_head"]
     kept = [name for name in dict.fromkeys(floats) if name not in work.linears]
@@ -396,4 +397,4 @@ def _check_same(qt: QTensor, again: QTensor) -> None:
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sort key that has layer 2 before layer 10."""
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in re.split(r"(\d+)", name)]
+    return [(len(p), p) if p.isdecimal() else (0, p) for p in re.split(r"(\d+)", name)]

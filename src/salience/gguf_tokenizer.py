@@ -135,11 +135,12 @@ def _read(folder: Path) -> dict[str, Any]:
             "AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
         )
     tokenizer = read_json(path)
-    model = tokenizer.get("model")
+    if not _is_sound(tokenizer):
+        raise SalienceError(f"{path} is damaged; download it again")
+    model = tokenizer["model"]
     byte_level = any(step.get("type") == "ByteLevel" for step in _steps(tokenizer))
     if (
-        not isinstance(model, dict)
-        or model.get("type", "BPE") != "BPE"
+        model.get("type", "BPE") != "BPE"
         or not isinstance(model.get("vocab"), dict)
         or not isinstance(model.get("merges"), list)
         or not (byte_level or model.get("byte_fallback"))
@@ -148,6 +149,38 @@ def _read(folder: Path) -> dict[str, Any]:
             f"{path} is neither byte-level BPE nor SentencePiece BPE; --format gguf writes these"
         )
     return tokenizer
+
+
+def _is_sound(tokenizer: Mapping[str, Any]) -> bool:
+    """Whether what is there is of the types that a tokenizer.json has it in."""
+    model = tokenizer.get("model")
+    added = tokenizer.get("added_tokens") or []
+    if not isinstance(model, dict) or not isinstance(added, list):
+        return False
+    vocab, merges = model.get("vocab"), model.get("merges")
+    entries = [e if isinstance(e, dict) else {} for e in added]
+    ids = [*(vocab.values() if isinstance(vocab, dict) else ()), *(e.get("id") for e in entries)]
+    pairs = merges if isinstance(merges, list) else []
+    steps: list[Any] = []
+    for key, inner in (("pre_tokenizer", "pretokenizers"), ("normalizer", "normalizers")):
+        whole = tokenizer.get(key) or {}
+        parts = whole.get(inner) or [] if isinstance(whole, dict) else None
+        steps += parts if isinstance(parts, list) else [None]
+        steps.append(whole)
+    return (
+        all(type(i) is int and i >= 0 for i in ids)
+        and all(isinstance(e.get("content"), str) for e in entries)
+        and all(isinstance(part, str) for pair in pairs for part in _halves(pair))
+        and all(isinstance(step, dict) for step in steps)
+        and all(isinstance(step.get("pattern") or {}, dict) for step in steps)
+    )
+
+
+def _halves(merge: object) -> list[Any]:
+    """The two that a merge joins, as older and newer files have them."""
+    if isinstance(merge, str):
+        return merge.split(" ")
+    return merge if isinstance(merge, list) else [None]
 
 
 def _steps(tokenizer: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -166,8 +199,7 @@ def _looks_special(text: str) -> bool:
 def _scores(tokens: list[str], merges: list[Any]) -> list[Value]:
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
-        parts = merge.split(" ") if isinstance(merge, str) else merge
-        ranks.setdefault("".join(parts), rank)
+        ranks.setdefault("".join(_halves(merge)), rank)
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 

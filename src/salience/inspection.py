@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
 from salience.modules import embeddings
 from salience.modules import kept as stay_float
@@ -77,6 +78,11 @@ def inspect(source: Source, tensor_parallel: int = 1) -> Inspection:
         modules.append(Module(name, columns, rows, str(schemes[name])))
         for part in parts:
             if part.endswith("g_idx"):
+                if stored.shape(part) != (columns,):
+                    raise SalienceError(
+                        f"tensor {part} of {stored.path} is {list(stored.shape(part))}, "
+                        f"its linear has {columns} columns"
+                    )
                 orders[name] = stored.tensor(part)
         bits += 8 * sum(stored.nbytes(part) for part in parts)
         count += rows * columns

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from salience import kernels
 from salience.checkpoint import Checkpoint, GgufCheckpoint, read_json
-from salience.conversion import ModelWeights
+from salience.conversion import ModelWeights, check_places, unplaced
 from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
 from salience.formats.base import Reader
@@ -218,22 +218,13 @@ class _Loader:
     def check_extra(self) -> None:
         """Refuse stored tensors that the model would silently do without."""
         used = {full for part in self.coded.values() for full in part.tensors.values()}
-        extra = self.weights.names() - used - self.model.state_dict().keys()
-        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        extra = {name for name in extra if not any(re.search(each, name) for each in ignored)}
+        extra = unplaced(self.model, self.weights) - used
         locals_ = {local for part in self.coded.values() for local in part.fmt.tensors}
         endings = tuple(f".{local}" for local in locals_ - {"weight"})
-        leaves = {name for name, part in self.model.named_modules() if not [*part.children()]}
-        for name in sorted(extra):
-            if name.endswith(endings):
-                raise SalienceError(f"tensor {name} of {self.weights.path} belongs to no linear")
-            owner, _, leaf = name.rpartition(".")
-            # Some tools store a bias of zeros for every linear.
-            if owner in leaves and leaf in ("weight", "bias") and self.weights.tensor(name).any():
-                raise SalienceError(
-                    f"tensor {name} of {self.weights.path} has no place: the model's {owner} has "
-                    f"no {leaf}; config.json does not fit the weights"
-                )
+        orphans = [name for name in sorted(extra) if name.endswith(endings)]
+        if orphans:
+            raise SalienceError(f"tensor {orphans[0]} of {self.weights.path} belongs to no linear")
+        check_places(self.model, self.weights)
 
     def packed_bytes(self, main: torch.device) -> dict[str, int]:
         """What each module that stays packed will take."""
@@ -273,7 +264,7 @@ class _Loader:
         else:
             bias = None
             if (like := bias_of(linear)) is not None:
-                stored = read_tensor(self.weights, f"{name}.bias", like)
+                stored = self._weight(f"{name}.bias", like)
                 bias = self._own(stored, runs, stored.dtype)
             module = QuantLinear(qt, bias, self.kernel, self.dtype)
         del qt
@@ -328,13 +319,25 @@ class _Loader:
         """The value of a float parameter: as it is stored, or what packed tensors stand for."""
         like = self.model.get_parameter(name)
         if not self._is_kept(name):
-            return read_tensor(self.weights, name, like)
+            return self._weight(name, like)
         runs = self.placement.runs(name)
         value = torch.empty(like.shape, dtype=self.dtype, device=runs)
         set_tensor(self.model, name, value)  # so that a transposed one is written to as such
         qt = self._qtensor(_owner(name), runs)
         weight_of(self.model.get_submodule(_owner(name))).copy_(qt.dequantize(self.dtype))
         set_tensor(self.model, name, torch.empty_like(value, device="meta"))
+        return value
+
+    def _weight(self, name: str, like: Tensor) -> Tensor:
+        """A float weight or bias as it is stored, all of it finite."""
+        value = read_tensor(self.weights, name, like)
+        # Least and largest, which are NaN when any is: no mask as large as the tensor.
+        ends = value.aminmax() if value.is_floating_point() and value.numel() else ()
+        if not all(torch.isfinite(end) for end in ends):
+            raise SalienceError(
+                f"tensor {name} of {self.weights.path} has values that are not finite; "
+                "the file is damaged or the model diverged"
+            )
         return value
 
     def _put(self, names: list[str], value: Tensor) -> None:

@@ -8,6 +8,8 @@ group have no bound and are refused.
 """
 
 import re
+from collections.abc import Mapping
+from functools import lru_cache
 
 from salience.errors import SalienceError
 
@@ -16,16 +18,19 @@ _MOST_STEPS = 2 * 10**7  # of all patterns on one name: less than half a second
 _TOKEN = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\((?:\?(?::|<?[=!]|P<\w+>))?|.", re.DOTALL)
 
 
-def matching(targets: list[str], name: str) -> list[str]:
-    """Those of `targets`, each "re:" and a pattern, that match the beginning of `name`.
+def matching(targets: Mapping[str, str], name: str) -> list[str]:
+    """Those of `targets` whose pattern matches the beginning of `name`.
+
+    Args:
+        targets: what stands in the config -> the regular expression in it.
+        name: of a module.
 
     Raises:
         SalienceError: no regular expression, or one that could take long.
     """
     found = []
     steps = 0
-    for target in targets:
-        pattern = target.removeprefix("re:")
+    for target, pattern in targets.items():
         try:
             if len(pattern) <= _LONGEST:
                 steps += _ways(pattern, len(name)) * len(pattern)
@@ -43,6 +48,7 @@ def matching(targets: list[str], name: str) -> list[str]:
     return found
 
 
+@lru_cache(4096)  # a checkpoint asks the same of each of its linears
 def _ways(pattern: str, length: int) -> int:
     """At most how many ways there are to match a text of `length` letters."""
     outer: list[tuple[int, int]] = []  # what `done` and `ways` were before each open group

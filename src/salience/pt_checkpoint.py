@@ -103,6 +103,7 @@ def _plain(file: Path, name: str, value: object) -> Tensor:
             f"tensor {name} of {file} is {value.dtype} {value.layout} on {value.device}, which is "
             "not supported"
         )
-    if value.nbytes > value.untyped_storage().nbytes():
+    # Not `value.nbytes`, which is counted in 64 bits and wraps.
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
         raise SalienceError(f"tensor {name} of {file} claims more bytes than are stored of it")
     return value

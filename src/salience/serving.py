@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salience.errors import SalienceError
 from salience.scheme import Scheme
 from salience.tiles import KERNELS, RUNTIMES, Part, Remark, cut_remarks
 
@@ -136,10 +137,16 @@ def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
 def skip_list(config: Mapping[str, Any]) -> list[str] | None:
     """The modules that a `quantization_config` keeps float by part of their name; None if it has
     no such list.
+
+    Raises:
+        SalienceError: it is something else.
     """
     if "modules_to_not_convert" not in config:
         return None
-    return [str(entry) for entry in config["modules_to_not_convert"] or ()]
+    found = config["modules_to_not_convert"] or []
+    if not isinstance(found, list):
+        raise SalienceError(f"modules_to_not_convert must be a list of names, not {found!r}")
+    return [str(entry) for entry in found]
 
 
 def kv_heads(model_config: Any) -> int | None:

@@ -193,7 +193,7 @@ def _state(data: Tensor, scheme: Scheme) -> dict[str, Any]:
     for key, value in known.items():
         if not isinstance(state, dict) or state.get(key) != value:
             raise SalienceError(f"{name} is not of {key} {value}: other ones are not read")
-    if state.get("blocksize") not in _BLOCK_SIZES:
+    if type(state.get("blocksize")) is not int or state["blocksize"] not in _BLOCK_SIZES:
         raise SalienceError(
             f"{name} is of blocksize {state.get('blocksize')!r}, which there is not"
         )

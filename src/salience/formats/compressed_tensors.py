@@ -201,7 +201,8 @@ def _matches(targets: object, name: str) -> list[str]:
     if not isinstance(targets, list) or not all(isinstance(target, str) for target in targets):
         raise SalienceError("targets and ignore of quantization_config must be lists of names")
     plain = [target for target in targets if target == name or target in _CLASSES]
-    return plain + matching([target for target in targets if target.startswith("re:")], name)
+    patterns = {each: each.removeprefix("re:") for each in targets if each.startswith("re:")}
+    return plain + matching(patterns, name)
 
 
 def _group_of(name: str, groups: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -56,7 +56,10 @@ class Gguf:
         schemes = config.get("schemes") or {}
         if not isinstance(schemes, Mapping):
             raise SalienceError("the schemes of a gguf quantization_config are no object")
-        return Scheme.parse(str(schemes.get(name) or config.get("scheme") or f"w4g{BLOCK}"))
+        scheme = Scheme.parse(str(schemes.get(name) or config.get("scheme") or f"w4g{BLOCK}"))
+        if scheme.codebook is not None:
+            raise SalienceError(f"a gguf quantization_config has {scheme}, which no block holds")
+        return scheme
 
     def check(self, schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]]) -> None:
         for name, scheme in schemes.items():
@@ -101,7 +104,8 @@ class Gguf:
         if LOCAL not in tensors:
             raise SalienceError(f"tensor {LOCAL} is missing")
         blocks = tensors[LOCAL]
-        if blocks.dtype != torch.uint8 or blocks.ndim != 3 or blocks.shape[-1] not in TYPES:
+        known = blocks.dtype == torch.uint8 and blocks.ndim == 3 and blocks.shape[-1] in TYPES
+        if not known or not blocks.numel():
             raise SalienceError(
                 f"blocks must be uint8 [out, in / {BLOCK}, {' or '.join(map(str, TYPES))}], "
                 f"not {blocks.dtype} {list(blocks.shape)}"

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from salience.errors import SalienceError
 from salience.packing import pack, unpack
+from salience.patterns import matching
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -68,7 +69,9 @@ class Gptq:
         own = {**config, **_override(config, name)}
         # What older files leave out is symmetric: upstream's default.
         bits, group_size, sym = own.get("bits"), own.get("group_size"), own.get("sym", True)
-        if bits not in _BITS or type(group_size) is not int or not isinstance(sym, bool):
+        # In Python 4.0 is 4, and a bool is an int.
+        known = bits in _BITS and isinstance(sym, bool)
+        if not known or type(bits) is not int or type(group_size) is not int:
             raise SalienceError(
                 f"quantization_config has bits {bits!r}, group_size {group_size!r} and sym "
                 f"{sym!r}; a gptq checkpoint has bits 2, 3, 4 or 8 and a group size"
@@ -210,21 +213,16 @@ def _override(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     table = config.get("dynamic") or {}
     if not isinstance(table, Mapping):
         raise SalienceError("quantization_config has a dynamic that is no table")
-    for key, values in table.items():
-        pattern = str(key).removeprefix("-:").removeprefix("+:")
-        try:
-            if not re.match(pattern, name):
-                continue
-        except re.error as error:
-            raise SalienceError(
-                f"quantization_config has {key!r}, which is no regular expression: {error}"
-            ) from None
-        if str(key).startswith("-:"):
-            raise SalienceError(f"quantization_config keeps it float ({key!r}), yet it is packed")
-        if not isinstance(values, Mapping):
-            raise SalienceError(f"{key!r} of quantization_config's dynamic is no table")
-        return values
-    return {}
+    found = matching({key: key.removeprefix("-:").removeprefix("+:") for key in table}, name)
+    if not found:
+        return {}
+    key = found[0]
+    if key.startswith("-:"):
+        raise SalienceError(f"quantization_config keeps it float ({key!r}), yet it is packed")
+    values = table[key]
+    if not isinstance(values, Mapping):
+        raise SalienceError(f"{key!r} of quantization_config's dynamic is no table")
+    return values
 
 
 def _in_order(columns: int, scheme: Scheme, device: torch.device) -> Tensor:

@@ -95,7 +95,10 @@ def implied_config(stored: Checkpoint) -> dict[str, Any] | None:
     owner = owners[0]
     if f"{owner}.scales" not in stored.names() or f"{owner}.qweight" not in stored.names():
         raise SalienceError(f"{stored.path}: {owner} has scaled_zeros but no qweight or scales")
-    filled = _filled(stored.tensor(f"{owner}.scales"))
+    scales = stored.tensor(f"{owner}.scales")
+    if scales.ndim != 2:
+        raise SalienceError(f"{stored.path}: {owner}.scales is {list(scales.shape)}, no matrix")
+    filled = _filled(scales)
     shape = stored.shape(f"{owner}.qweight")
     if not filled or len(shape) != 2 or shape[1] % filled:
         raise SalienceError(

@@ -12,7 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from salience import grid
 from salience.checkpoint import SafetensorsCheckpoint
-from salience.conversion import ModelWeights, stored_owner
+from salience.conversion import ModelWeights, check_places, stored_owner
 from salience.errors import SalienceError
 from salience.formats import get_format
 from salience.hf.base import PackedQuantizer, of_linear
@@ -95,6 +95,7 @@ class RoundingQuantizer(PackedQuantizer):
         if checkpoint_files and str(checkpoint_files[0]).endswith(".safetensors"):
             files = [Path(file) for file in checkpoint_files]
             weights = ModelWeights(SafetensorsCheckpoint(files[0].parent, files), model)
+            check_places(model, weights)
             self._kept += [stored_owner(weights, name) for name in self._kept]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: object) -> bool:

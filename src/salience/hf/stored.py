@@ -13,6 +13,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from salience.checkpoint import SafetensorsCheckpoint
+from salience.conversion import check_places
 from salience.errors import SalienceError
 from salience.formats import FORMATS, detect_format
 from salience.hf.base import PackedQuantizer, no_weight, of_linear
@@ -24,7 +25,8 @@ class StoredConfig(QuantizationConfigMixin):
     """The `quantization_config` of a checkpoint, kept as it is: what is saved has the same keys."""
 
     def __init__(self, **stored: Any) -> None:
-        vars(self).update(stored)
+        # A checkpoint may call a key as a method is called.
+        vars(self).update({k: v for k, v in stored.items() if not hasattr(type(self), k)})
         # The first ones of bitsandbytes named no method.
         self.quant_method = QuantizationMethod(stored.get("quant_method", "bitsandbytes"))
         self._stored = copy.deepcopy(stored)
@@ -116,6 +118,7 @@ class StoredQuantizer(PackedQuantizer):
         self.files = [Path(file) for file in checkpoint_files]
         self.fmt = detect_format(config)
         weights = self._weights(model)
+        check_places(model, weights)
         files = SafetensorsCheckpoint(self.files[0].parent, self.files)
         own = self.fmt.tensors - {"weight"}  # a float linear has one of that name too
         used: set[str] = set()
@@ -175,6 +178,8 @@ class StoredQuantizer(PackedQuantizer):
             tensors = {k: buffers[_buffer(k)] for k in self.fmt.tensors if _buffer(k) in buffers}
             with of_linear(name, folder):
                 qt = self.fmt.read(tensors, scheme)
+                if not torch.isfinite(qt.scales).all():
+                    raise SalienceError("its scales are not finite")
             if tuple(qt.q.shape) != self._shapes[name]:
                 raise SalienceError(
                     f"linear {name} of {folder} holds {list(qt.q.shape)}, "
