@@ -366,16 +366,17 @@ def _write(
     writer = _writer(work, folder, config)
     total = len(work.linears)
     done = 0
+    work.bytes = 0
     for name in sorted([*work.linears, *work.others], key=_natural):
         if name not in work.linears:
-            writer.add(name, _other(work, name))
+            work.bytes += writer.add(name, _other(work, name))
             continue
         progress("linear", done, total)
         made = work.write(name, work.read(name), quantization)
         if name in transposed:
             made = {local: tensor.T for local, tensor in made.items()}
         for local, tensor in made.items():
-            writer.add(f"{name}.{local}", tensor)
+            work.bytes += writer.add(f"{name}.{local}", tensor)
         done += 1
         release_memory()
     writer.finish()

@@ -99,8 +99,8 @@ class GgufWriter:
         if factors is not None:
             self._write(_ROPE, factors, factors.shape, _F32)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, now: blocks as they are, anything else as floats.
+    def add(self, name: str, tensor: Tensor) -> int:
+        """Write one tensor, now: blocks as they are, anything else as floats. Returns its bytes.
 
         Raises:
             SalienceError: a name or a shape that the model does not have.
@@ -112,19 +112,16 @@ class GgufWriter:
         stored, shape = self._names[owner], self._shapes[owner]
         tensor = self._arrange(stored, tensor.detach().cpu())
         if name.endswith(_BLOCKS):
-            self._write(stored, tensor, shape, _BLOCK_TYPES[tensor.shape[-1]])
-            return
-        if tuple(tensor.shape) != shape:
+            kind = _BLOCK_TYPES[tensor.shape[-1]]
+        elif tuple(tensor.shape) != shape:
             raise SalienceError(f"tensor {name} is {list(tensor.shape)}, not {list(shape)}")
-        if tensor.ndim == 1:
+        elif tensor.ndim == 1:
             shift = self._arch == "gemma3" and stored.endswith("norm.weight")
-            self._write(stored, tensor.float() + shift, shape, _F32)
-            return
-        for dtype, kind in _FLOAT_TYPES.items():
-            if torch.equal(tensor.to(dtype).float(), tensor.float()):
-                self._write(stored, tensor.to(dtype), shape, kind)
-                return
-        self._write(stored, tensor.float(), shape, _F32)
+            tensor, kind = tensor.float() + shift, _F32
+        else:
+            tensor, kind = _exact(tensor)
+        self._write(stored, tensor, shape, kind)
+        return tensor.nbytes
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file beside the GGUF file."""
@@ -172,6 +169,14 @@ class GgufWriter:
 
     def _pad(self) -> None:
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+
+
+def _exact(tensor: Tensor) -> tuple[Tensor, int]:
+    """Floats in the first type that holds them."""
+    for dtype, kind in _FLOAT_TYPES.items():
+        if torch.equal((narrow := tensor.to(dtype)).float(), tensor.float()):
+            return narrow, kind
+    return tensor.float(), _F32
 
 
 def permute_rows(tensor: Tensor, heads: int) -> Tensor:

@@ -55,13 +55,14 @@ class ShardWriter:
         self._shards: list[tuple[Path, list[str]]] = []
         self._total = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; it is copied to the CPU now."""
+    def add(self, name: str, tensor: Tensor) -> int:
+        """Queue one tensor; it is copied to the CPU now. Returns its bytes."""
         tensor = tensor.detach().contiguous().cpu()
         self._waiting[name] = tensor
         self._waiting_bytes += tensor.nbytes
         if self._waiting_bytes >= self._shard_bytes:
             self._flush()
+        return tensor.nbytes
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file into the checkpoint."""
