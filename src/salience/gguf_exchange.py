@@ -4,6 +4,9 @@ GGUF has names of its own, its llama has rows of q and k in another order, its n
 its header says what the model is. So here the model is made, on meta, and both sides are looked at
 under the names that it has. Tensors that are quantized must be codes, scales and integer zeros;
 those of other tools that are not are named and refused.
+
+All comes back to the byte but Gemma's norms: llama.cpp multiplies by 1 + weight, and the fp32 sum
+has no room for the last bit of weights below 2^-13.
 """
 
 import re
