@@ -5,8 +5,10 @@ llama.cpp comes prebuilt in a package of its Node binding (Node 20 or newer):
     mkdir ~/llama.cpp && cd ~/llama.cpp && npm install --ignore-scripts \
         node-llama-cpp@3.22.1 @node-llama-cpp/linux-x64@3.22.1
 
-    salience quantize smollm2-135m --format gguf --scheme w4g64 -o OUT/q4_1
-    salience quantize smollm2-135m --format gguf --scheme w4g32-sym -o OUT/q4_0
+    salience quantize smollm2-135m --format gguf --scheme w4g64 --samples 32 --seqlen 256 \\
+        -o OUT/q4_1
+    salience quantize smollm2-135m --format gguf --scheme w4g32-sym --samples 32 --seqlen 256 \\
+        -o OUT/q4_0
     python benchmarks/interop_llama_cpp.py OUT/q4_1 OUT/q4_0 --llama ~/llama.cpp -o RESULTS.json
 
 Of each folder llama.cpp reads `model.gguf`, and salience loads the folder. Both answer five prompts
