@@ -232,7 +232,9 @@ class GgufCheckpoint:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise SalienceError(f"tensor {name} of {self.path}: {error}") from None
-        return torch.from_numpy(numpy.array(values, dtype=numpy.float32))
+        if values.base is not None or values.dtype != numpy.float32:  # a view of the file
+            values = numpy.array(values, dtype=numpy.float32)
+        return torch.from_numpy(values)
 
     def _known(self, name: str) -> Any:
         if name not in self._tensors:

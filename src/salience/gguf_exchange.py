@@ -23,7 +23,7 @@ from salience.containers import check_container
 from salience.errors import SalienceError
 from salience.formats import Format, stored_config
 from salience.source import Source, open_source
-from salience.writer import FLOAT_DTYPES
+from salience.writer import FLOAT_DTYPES, holds
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ROPE = "rope_freqs.weight"  # made of the config, and made again of it
@@ -97,8 +97,8 @@ class Modelled:
             return tensor
         own = str(self.config.get("dtype") or self.config.get("torch_dtype"))
         for dtype in (FLOAT_DTYPES.get(own, torch.float16), *FLOAT_DTYPES.values()):
-            if torch.equal((narrow := tensor.to(dtype)).float(), tensor):
-                return narrow
+            if holds(dtype, tensor):
+                return tensor.to(dtype)
         return tensor
 
 

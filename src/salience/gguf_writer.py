@@ -33,7 +33,7 @@ from salience.gguf_metadata import (
     rope_factors,
 )
 from salience.gguf_tokenizer import is_sentencepiece, vocabulary
-from salience.writer import disk_errors, sync, write_json
+from salience.writer import disk_errors, holds, sync, write_json
 
 FILE_NAME = "model.gguf"
 _BLOCKS = ".blocks"
@@ -174,8 +174,8 @@ class GgufWriter:
 def _exact(tensor: Tensor) -> tuple[Tensor, int]:
     """Floats in the first type that holds them."""
     for dtype, kind in _FLOAT_TYPES.items():
-        if torch.equal((narrow := tensor.to(dtype)).float(), tensor.float()):
-            return narrow, kind
+        if holds(dtype, tensor):
+            return tensor.to(dtype), kind
     return tensor.float(), _F32
 
 
