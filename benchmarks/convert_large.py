@@ -1,7 +1,7 @@
 """Convert a random checkpoint of 10 GB from AWQ to compressed-tensors, and measure its memory.
 
     nice python benchmarks/convert_large.py -o benchmarks/results/convert_large.json
-    nice python benchmarks/convert_large.py --size 2 --format gguf \\
+    nice python benchmarks/convert_large.py --size 1.2 --format gguf \\
         -o benchmarks/results/convert_large_gguf.json
 
 The checkpoint has the linears of Llama-2-70B, the widest 28672 x 8192, and as many blocks as make
