@@ -1,6 +1,8 @@
 """Convert a random checkpoint of 10 GB from AWQ to compressed-tensors, and measure its memory.
 
     nice python benchmarks/convert_large.py -o benchmarks/results/convert_large.json
+    nice python benchmarks/convert_large.py --size 1.2 --format gguf \\
+        -o benchmarks/results/convert_large_gguf.json
 
 The checkpoint has the linears of Llama-2-70B, the widest 28672 x 8192, and as many blocks as make
 up the size. Every bit pattern is a code, so its packed words are random bits. The command runs as a
@@ -20,9 +22,19 @@ from pathlib import Path
 import torch
 from main_job import machine, salience
 from rich.console import Console
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
-from salience.checkpoint import SafetensorsCheckpoint, read_json
+from salience.checkpoint import (
+    Checkpoint,
+    GgufCheckpoint,
+    SafetensorsCheckpoint,
+    open_checkpoint,
+    read_json,
+)
 from salience.formats import detect_format, get_format
+from salience.gguf_exchange import open_modelled
 from salience.machine import peak_rss_bytes
 from salience.report import versions
 from salience.scheme import Scheme
@@ -38,6 +50,7 @@ LINEARS = {
     "mlp.up_proj": (WIDE, HIDDEN),
     "mlp.down_proj": (HIDDEN, WIDE),
 }
+HEAD = 128
 GROUP = 128
 PARTS = ("q", "scales", "zeros")
 
@@ -70,9 +83,24 @@ def make(folder: Path, size: int) -> int:
         layer += 1
     writer.add("model.norm.weight", floats(HIDDEN))
     scheme = Scheme(4, GROUP)
-    config = {"model_type": "llama", "hidden_size": HIDDEN, "num_hidden_layers": layer}
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": HIDDEN,
+        "intermediate_size": WIDE,
+        "num_hidden_layers": layer,
+        "num_attention_heads": HIDDEN // HEAD,
+        "num_key_value_heads": KV // HEAD,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": False,
+        "dtype": "float16",
+    }
     quantization = get_format("awq").config({"model.layers.0.mlp.up_proj": scheme}, [])
     writer.write_json("config.json", config | {"quantization_config": quantization})
+    letters = {letter: i for i, letter in enumerate(ByteLevel.alphabet())}
+    tokenizer = Tokenizer(BPE(letters, []))  # GGUF wants one
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.save(str(folder / "tokenizer.json"))
     writer.finish()
     return layer
 
@@ -82,16 +110,18 @@ def compare(a: Path, b: Path) -> int:
     folders = []
     for folder in (a, b):
         config = read_json(folder / "config.json")["quantization_config"]
-        folders.append((SafetensorsCheckpoint(folder), config, detect_format(config)))
+        stored: Checkpoint = open_checkpoint(folder)
+        if isinstance(stored, GgufCheckpoint):  # under the model's names
+            stored = open_modelled(folder, get_format("awq"), False).weights
+        folders.append((stored, config, detect_format(config)))
     marker = f".{folders[0][2].marker}"
     names = sorted(n.removesuffix(marker) for n in folders[0][0].names() if n.endswith(marker))
     for name in names:
         read = []
         for stored, config, fmt in folders:
             tensors = {local: f"{name}.{local}" for local in fmt.tensors}
-            there = {
-                k: stored.tensor(full) for k, full in tensors.items() if full in stored.names()
-            }
+            names_there = stored.names()
+            there = {k: stored.tensor(full) for k, full in tensors.items() if full in names_there}
             read.append(fmt.read(there, fmt.scheme(config, name)))
         if not all(torch.equal(getattr(read[0], part), getattr(read[1], part)) for part in PARTS):
             sys.exit(f"{name} differs")

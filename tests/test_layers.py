@@ -53,6 +53,7 @@ LAYERS = {
     "salience.formats.gguf": 19,
     "salience.formats": 21,
     "salience.containers": 22,
+    "salience.gguf_exchange": 23,
     "salience.linear": 30,
     "salience.modules": 28,
     "salience.placement": 49,

@@ -31,6 +31,7 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_KEY = "salience.config"  # in a GGUF file's metadata: the config.json of the model
 BLOCKS = ".blocks"
 # Types of 32-column blocks, which may be codes, scales and zeros as a QTensor has them.
+_BLOCK = 32
 _BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
@@ -182,7 +183,9 @@ class GgufCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         if name.endswith(BLOCKS):
-            return tuple(self.tensor(name).shape)
+            owner = name.removesuffix(BLOCKS)
+            rows, columns = self.shape(owner)
+            return (rows, columns // _BLOCK, _BLOCK_BYTES[self.kind(owner)])
         return tuple(int(n) for n in reversed(self._known(name).shape))
 
     def nbytes(self, name: str) -> int:
@@ -209,10 +212,13 @@ class GgufCheckpoint:
         """The metadata whose keys begin with `prefix`, as `gguf` has it."""
         return {k: field for k, field in self._reader.fields.items() if k.startswith(prefix)}
 
+    def kind(self, name: str) -> str:
+        """llama.cpp's name of a tensor's type, as "F16" and "Q4_0"."""
+        return str(self._known(name).tensor_type.name)
+
     def has_blocks(self, name: str) -> bool:
         """Whether a tensor is a matrix of 32-column blocks."""
-        tensor = self._known(name)
-        return len(tensor.shape) == 2 and tensor.tensor_type.name in _BLOCK_BYTES
+        return len(self._known(name).shape) == 2 and self.kind(name) in _BLOCK_BYTES
 
     def tensor(self, name: str) -> Tensor:
         import gguf
@@ -221,13 +227,15 @@ class GgufCheckpoint:
         tensor = self._known(name.removesuffix(BLOCKS))
         if name.endswith(BLOCKS):
             blocks = torch.from_numpy(numpy.array(tensor.data, dtype=numpy.uint8))
-            size = _BLOCK_BYTES[tensor.tensor_type.name]
+            size = _BLOCK_BYTES[self.kind(tensor.name)]
             return blocks.unflatten(1, (blocks.shape[1] // size, size))
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)
         except (NotImplementedError, ValueError) as error:
             raise SalienceError(f"tensor {name} of {self.path}: {error}") from None
-        return torch.from_numpy(numpy.array(values, dtype=numpy.float32))
+        if values.base is not None or values.dtype != numpy.float32:  # a view of the file
+            values = numpy.array(values, dtype=numpy.float32)
+        return torch.from_numpy(values)
 
     def _known(self, name: str) -> Any:
         if name not in self._tensors:
@@ -261,6 +269,10 @@ class RenamedCheckpoint:
 
     def names(self) -> set[str]:
         return set(self._stored)
+
+    def stored_names(self) -> dict[str, str]:
+        """The stored name of each of the model's tensors that is there."""
+        return dict(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._inner.shape(self._stored_name(name))

@@ -23,8 +23,8 @@ from salience.writer import ShardWriter
 class Writer(Protocol):
     """Takes a checkpoint's tensors and JSON files."""
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor."""
+    def add(self, name: str, tensor: Tensor) -> int:
+        """Take one tensor; returns the bytes it is stored in."""
         ...
 
     def write_json(self, name: str, value: object) -> None:

@@ -6,10 +6,11 @@
         target.read     -> the same QTensor, or the conversion is refused
     everything else is copied byte for byte under the name it is stored by
 
-No module of the model is made, so the architecture need not be known to anyone. Before anything is
-written one linear of each kind (scheme, shapes, order of groups) goes that way, and with it nearly
-all that can be refused is. The output appears when it is whole; a kill leaves OUT.partial, which
-the same command takes up.
+No module of the model is made, so the architecture need not be known to anyone; only GGUF, which
+has names and an order of rows of its own, wants the model (`salience.gguf_exchange`). Before
+anything is written one linear of each kind (scheme, shapes, order of groups) goes that way, and
+with it nearly all that can be refused is. The output appears when it is whole; a kill leaves
+OUT.partial, which the same command takes up.
 
 `dense` is the one target that is not lossless: weights are dequantized and rounded to 16 bits.
 """
@@ -26,9 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salience.checkpoint import Checkpoint, open_checkpoint, read_json
+from salience.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint, read_json
+from salience.containers import Writer, make_writer
 from salience.errors import SalienceError
 from salience.formats import Dense, Format, Reader, detect_format, get_format, stored_config
+from salience.gguf_exchange import Modelled, open_modelled
 from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.machine import peak_rss_bytes, release_memory
 from salience.modules import codable, is_transposed
@@ -42,6 +45,7 @@ from salience.writer import (
     disk_errors,
     float_dtype,
     to_dtype,
+    write_json,
 )
 
 _SKIPPED = ("modules_to_not_convert", "ignore", "llm_int8_skip_modules")
@@ -84,6 +88,7 @@ class _Work:
         schemes: of each linear, as the target is told.
         act_order: whether any has groups in activation order.
         bytes: of all tensors to write.
+        modelled: the source as its model sees it, if that or the target is GGUF.
     """
 
     stored: Checkpoint
@@ -96,6 +101,7 @@ class _Work:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     act_order: bool = False
     bytes: int = 0
+    modelled: Modelled | None = None
 
     def scheme(self, name: str) -> Scheme:
         """What the source's config says of a linear."""
@@ -145,12 +151,12 @@ def convert(
     A conversion that was interrupted is done by the same call.
 
     Args:
-        source: a quantized checkpoint folder, or its Hub name.
+        source: a quantized checkpoint folder, a `.gguf` file, or a Hub name.
         out: the folder to make; it appears when it is whole.
         format: name of the format to write, or "dense" for dequantized weights.
         dtype: "float16" or "bfloat16", of a dense checkpoint; None is the source's.
-        trust_remote_code: let the model's own Python code run; only "dense" asks what its modules
-            are.
+        trust_remote_code: let the model's own Python code run; only "dense" and GGUF ask what its
+            modules are.
         progress: called with (phase, done, total).
 
     Raises:
@@ -162,23 +168,22 @@ def convert(
     check_output(target_folder)
     report = progress or (lambda _phase, _done, _total: None)
     path = locate(str(source))
-    work = _open(path, get_format(format), dtype)
+    work = _open(path, get_format(format), dtype, trust_remote_code)
     _plan(work, report)
     if not is_published(target_folder):
         check_disk(target_folder, work.bytes - held_bytes(target_folder))
     transposed = _transposed(path, work, trust_remote_code)
     job = {"--format": format, "--dtype": dtype, "SRC": str(path.resolve())}
-    job |= {
-        file.name: f"{file.stat().st_size} bytes" for file in sorted(path.glob("*.safetensors"))
-    }
+    files = sorted([*path.glob("*.safetensors"), *path.glob("*.gguf")]) or [path]
+    job |= {file.name: f"{file.stat().st_size} bytes" for file in files}
     with Journal(target_folder, job) as journal, torch.no_grad():
         if not journal.finished:
             with disk_errors(journal.final):
                 if journal.final.exists():
                     shutil.rmtree(journal.final)  # of a run that was killed while it wrote
                 journal.final.mkdir()
-                copy_assets(path, journal.final, code=True)
-            _write(work, ShardWriter(journal.final), transposed, report)
+                _copy_assets(path, work, journal.final)
+            _write(work, journal.final, transposed, report)
         journal.publish()
     return Conversion(
         out=str(out),
@@ -192,13 +197,16 @@ def convert(
     )
 
 
-def _open(path: Path, target: Format, dtype: str | None) -> _Work:
+def _open(path: Path, target: Format, dtype: str | None, trust_remote_code: bool) -> _Work:
     """A source's headers, sorted into quantized linears and all else."""
-    if path.is_file():
-        raise SalienceError(f"{path} is a file; convert reads a folder of safetensors")
-    config = read_json(path / "config.json")
-    stored = open_checkpoint(path)
-    quantization = stored_config(SimpleNamespace(**config), stored)
+    stored, modelled = open_checkpoint(path), None
+    if target.container == "gguf" or isinstance(stored, GgufCheckpoint):
+        modelled = open_modelled(path, target, trust_remote_code)
+        stored, config = modelled.weights, modelled.config
+        quantization = modelled.quantization
+    else:
+        config = read_json(path / "config.json")
+        quantization = stored_config(SimpleNamespace(**config), stored)
     if quantization is None:
         raise SalienceError(f"{path} is not quantized; make codes of it by salience quantize")
     fmt = detect_format(quantization)
@@ -219,12 +227,16 @@ def _open(path: Path, target: Format, dtype: str | None) -> _Work:
         for owner in sorted(owners, key=_natural)
     }
     used = {full for tensors in linears.values() for full in tensors.values()}
+    if modelled is not None and modelled.is_gguf:
+        used |= {f"{owner}.weight" for owner in owners}  # the blocks, dequantized
     others = sorted(names - used, key=_natural)
     endings = tuple(f".{local}" for local in fmt.tensors - {"weight"})
     orphans = [name for name in others if name.endswith(endings)]
     if orphans:
         raise SalienceError(f"tensor {orphans[0]} of {path} belongs to no quantized linear")
-    return _Work(stored, config, quantization, fmt, target, linears, others)
+    if modelled is not None:
+        others = modelled.others(others, target)
+    return _Work(stored, config, quantization, fmt, target, linears, others, modelled=modelled)
 
 
 def _plan(work: _Work, progress: Callable[[str, int, int], None]) -> None:
@@ -322,8 +334,8 @@ def _outside(names: Mapping[str, object]) -> list[str]:
 
 def _transposed(path: Path, work: _Work, trust_remote_code: bool) -> set[str]:
     """The linears whose dense weight is stored as [in, out], which only their module knows."""
-    if not isinstance(work.target, Dense):
-        return set()
+    if not isinstance(work.target, Dense) or work.modelled is not None:
+        return set()  # no model that GGUF has is stored so
     source = open_source(str(path), trust_remote_code)
     model = source.skeleton()
     weights: Any = source.weights(model)
@@ -337,7 +349,7 @@ def _transposed(path: Path, work: _Work, trust_remote_code: bool) -> set[str]:
 
 def _write(
     work: _Work,
-    writer: ShardWriter,
+    folder: Path,
     transposed: set[str],
     progress: Callable[[str, int, int], None],
 ) -> None:
@@ -349,30 +361,48 @@ def _write(
         config["dtype"] = str(work.target.dtype).removeprefix("torch.")
     else:
         config["quantization_config"] = quantization
-    writer.write_json("config.json", config)
+    write_json(folder / "config.json", config)
     if work.target.config_file is not None:
-        writer.write_json(work.target.config_file, quantization)
+        write_json(folder / work.target.config_file, quantization)
+    writer = _writer(work, folder, config)
     total = len(work.linears)
     done = 0
+    work.bytes = 0
     for name in sorted([*work.linears, *work.others], key=_natural):
         if name not in work.linears:
-            writer.add(name, _other(work, name))
+            work.bytes += writer.add(name, _other(work, name))
             continue
         progress("linear", done, total)
         made = work.write(name, work.read(name), quantization)
         if name in transposed:
             made = {local: tensor.T for local, tensor in made.items()}
         for local, tensor in made.items():
-            writer.add(f"{name}.{local}", tensor)
+            work.bytes += writer.add(f"{name}.{local}", tensor)
         done += 1
         release_memory()
     writer.finish()
     progress("linear", total, total)
 
 
+def _copy_assets(path: Path, work: _Work, folder: Path) -> None:
+    """The tokenizer and all else beside the weights; a lone GGUF file has it inside."""
+    if path.is_file() and work.modelled is not None:
+        work.modelled.source.save_assets(folder)
+    else:
+        copy_assets(path, folder, code=True)
+
+
+def _writer(work: _Work, folder: Path, config: Mapping[str, Any]) -> Writer:
+    part = work.modelled
+    if part is None:
+        return ShardWriter(folder)
+    return make_writer(work.target, folder, part.source, part.model, part.weights, config)
+
+
 def _other(work: _Work, name: str) -> Tensor:
     """A tensor that is not quantized: its bytes, or for a dense checkpoint its 16-bit dtype."""
-    tensor = work.stored.tensor(name)
+    part = work.modelled
+    tensor = work.stored.tensor(name) if part is None else part.float_tensor(name)
     target = work.target
     if isinstance(target, Dense) and tensor.dtype in FLOAT_DTYPES.values():
         return to_dtype(tensor, name, target.dtype) if tensor.dtype != target.dtype else tensor

@@ -7,10 +7,11 @@ there. But the model says which tensors come and of what shapes, and a type or a
 same bytes whatever it is. So room is left for the table, data goes to the disk as it comes, and the
 table is filled in last: memory stays flat and nothing is written twice.
 
-Floats are fp16, norms and biases fp32 (llama.cpp computes with no other). The head and the
-embeddings are no exception: what the scheme does not name stays exact, so that a checkpoint can be
-converted to GGUF and back. Who wants them smaller names them, as llama.cpp's users mostly do:
-`--rule "lm_head|embed_tokens=w8g32-sym"` makes them Q8_0, half the size.
+Floats are fp16, bf16 or fp32, the first that holds them exactly; norms and biases are fp32
+(llama.cpp computes with no other). The head and the embeddings are no exception: what the scheme
+does not name stays exact, so that a checkpoint can be converted to GGUF and back. Who wants them
+smaller names them, as llama.cpp's users mostly do: `--rule "lm_head|embed_tokens=w8g32-sym"` makes
+them Q8_0, half the size.
 """
 
 import json
@@ -32,11 +33,12 @@ from salience.gguf_metadata import (
     rope_factors,
 )
 from salience.gguf_tokenizer import is_sentencepiece, vocabulary
-from salience.writer import disk_errors, sync, write_json
+from salience.writer import disk_errors, holds, sync, write_json
 
 FILE_NAME = "model.gguf"
 _BLOCKS = ".blocks"
-_F32, _F16 = 0, 1
+_F32 = 0
+_FLOAT_TYPES = {torch.float16: 1, torch.bfloat16: 30}
 _BLOCK_TYPES = {18: 2, 20: 3, 34: 8}  # Q4_0, Q4_1, Q8_0
 _BLOCK = 32
 _ALIGNMENT = 32
@@ -97,11 +99,11 @@ class GgufWriter:
         if factors is not None:
             self._write(_ROPE, factors, factors.shape, _F32)
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor, now: blocks as they are, anything else as floats.
+    def add(self, name: str, tensor: Tensor) -> int:
+        """Write one tensor, now: blocks as they are, anything else as floats. Returns its bytes.
 
         Raises:
-            SalienceError: a name the model does not have, or values that fp16 cannot hold.
+            SalienceError: a name or a shape that the model does not have.
         """
         owner = name.removesuffix(_BLOCKS)
         owner = self._aliases.get(owner, owner)
@@ -110,18 +112,16 @@ class GgufWriter:
         stored, shape = self._names[owner], self._shapes[owner]
         tensor = self._arrange(stored, tensor.detach().cpu())
         if name.endswith(_BLOCKS):
-            self._write(stored, tensor, shape, _BLOCK_TYPES[tensor.shape[-1]])
-            return
-        if tuple(tensor.shape) != shape:
+            kind = _BLOCK_TYPES[tensor.shape[-1]]
+        elif tuple(tensor.shape) != shape:
             raise SalienceError(f"tensor {name} is {list(tensor.shape)}, not {list(shape)}")
-        if tensor.ndim == 1:
+        elif tensor.ndim == 1:
             shift = self._arch == "gemma3" and stored.endswith("norm.weight")
-            self._write(stored, tensor.float() + shift, shape, _F32)
-            return
-        half = tensor.half()
-        if not torch.isfinite(half).all():
-            raise SalienceError(f"tensor {name} has values that fp16 cannot hold")
-        self._write(stored, half, shape, _F16)
+            tensor, kind = tensor.float() + shift, _F32
+        else:
+            tensor, kind = _exact(tensor)
+        self._write(stored, tensor, shape, kind)
+        return tensor.nbytes
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file beside the GGUF file."""
@@ -169,6 +169,14 @@ class GgufWriter:
 
     def _pad(self) -> None:
         self._file.write(bytes(-self._file.tell() % _ALIGNMENT))
+
+
+def _exact(tensor: Tensor) -> tuple[Tensor, int]:
+    """Floats in the first type that holds them."""
+    for dtype, kind in _FLOAT_TYPES.items():
+        if holds(dtype, tensor):
+            return tensor.to(dtype), kind
+    return tensor.float(), _F32
 
 
 def permute_rows(tensor: Tensor, heads: int) -> Tensor:

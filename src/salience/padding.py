@@ -58,9 +58,9 @@ class PaddedSource(Source):
         owner[_KEY] = self.widths[1]
         return values
 
-    def weights(self, model: nn.Module) -> Checkpoint:
+    def weights(self, model: nn.Module, lookups: bool = False) -> Checkpoint:
         if self.is_gguf:
-            return PaddedCheckpoint(super().weights(model), self.shapes, self.widths)
+            return PaddedCheckpoint(super().weights(model, lookups), self.shapes, self.widths)
         plain = ModelWeights(self.stored, model)
         stored = {plain.stored_names(name)[0]: shape for name, shape in self.shapes.items()}
         return ModelWeights(PaddedCheckpoint(self.stored, stored, self.widths), model)

@@ -119,16 +119,20 @@ class Source:
         model.tie_weights()
         return model.eval()
 
-    def weights(self, model: nn.Module) -> Checkpoint:
+    def weights(self, model: nn.Module, lookups: bool = False) -> Checkpoint:
         """The tensors under the names of `model`, a skeleton of this source with no packed linear.
 
         Each is read, and where Transformers stacks or splits it made, when it is asked for.
+
+        Args:
+            model: the skeleton.
+            lookups: have the codes of another tool's GGUF embeddings, too.
         """
         if isinstance(self.stored, GgufCheckpoint):
-            return self._gguf_weights(model, self.stored)
+            return self._gguf_weights(model, self.stored, lookups)
         return ModelWeights(self.stored, model)
 
-    def _gguf_weights(self, model: nn.Module, stored: GgufCheckpoint) -> Checkpoint:
+    def _gguf_weights(self, model: nn.Module, stored: GgufCheckpoint, lookups: bool) -> Checkpoint:
         from transformers import modeling_gguf_pytorch_utils as gguf_utils
 
         if any(".ffn_gate_exps" in name or ".ffn_down_exps" in name for name in stored.names()):
@@ -143,7 +147,7 @@ class Source:
             names |= {
                 f"{hf}{BLOCKS}": f"{name}{BLOCKS}"
                 for hf, name in names.items()
-                if name in stored.names() and _is_coded(stored, name)
+                if name in stored.names() and _is_coded(stored, name, lookups)
             }
 
         def convert(tensor: Tensor, name: str) -> Tensor:
@@ -240,16 +244,18 @@ def _config_of(path: Path, values: dict[str, Any]) -> Any:
         return CONFIG_MAPPING[kind].from_dict(values)
 
 
-def _is_coded(stored: GgufCheckpoint, name: str) -> bool:
+def _is_coded(stored: GgufCheckpoint, name: str, lookups: bool) -> bool:
     """Whether a tensor is blocks that hold codes, scales and integer zeros.
 
-    Of other tools' embeddings that is not asked: they look up rows, which is no work for codes.
+    Of other tools' embeddings that is asked only if `lookups`: the model looks up rows in them,
+    which is no work for codes.
     """
     if not stored.has_blocks(name):
         return False
     if stored.config() is not None:
         return True  # it says so, and whoever reads the blocks checks it
-    return name != "token_embd.weight" and is_exact(stored.tensor(f"{name}{BLOCKS}"))
+    looked_up = name == "token_embd.weight" and not lookups
+    return not looked_up and is_exact(stored.tensor(f"{name}{BLOCKS}"))
 
 
 def _check_config(folder: Path, trusted: bool) -> None:

@@ -19,6 +19,7 @@ from salience.errors import SalienceError, StorageError
 from salience.machine import free_disk_bytes
 
 SHARD_BYTES = 2**29
+_PIECE = 2**22  # numbers
 # What float tensors may be stored in, by the name that configs and the command line have for it.
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # In the order of the library's files: wide elements first, so that all are aligned.
@@ -56,13 +57,14 @@ class ShardWriter:
         self._shards: list[tuple[Path, list[str]]] = []
         self._total = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; it is copied to the CPU now."""
+    def add(self, name: str, tensor: Tensor) -> int:
+        """Queue one tensor; it is copied to the CPU now. Returns its bytes."""
         tensor = tensor.detach().contiguous().cpu()
         self._waiting[name] = tensor
         self._waiting_bytes += tensor.nbytes
         if self._waiting_bytes >= self._shard_bytes:
             self._flush()
+        return tensor.nbytes
 
     def write_json(self, name: str, value: object) -> None:
         """Write a JSON file into the checkpoint."""
@@ -167,6 +169,15 @@ def to_dtype(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
         mend = "fp16, which the checkpoint stores; use --dtype bfloat16" if half else "bf16"
         raise SalienceError(f"tensor {name} overflows {mend}")
     return stored
+
+
+def holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """Whether a dtype has every value of a float tensor, looked at a few rows at a time."""
+    if tensor.dtype == dtype:
+        return True
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor[None, None]
+    step = max(1, _PIECE // max(1, rows.shape[-1]))
+    return all(torch.equal(part.to(dtype).float(), part.float()) for part in rows.split(step))
 
 
 def write_json(path: Path, value: object) -> None:

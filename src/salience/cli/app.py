@@ -328,7 +328,9 @@ def _rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:
 
 @app.command()
 def convert(
-    model: Annotated[str, typer.Argument(help="A quantized checkpoint folder, or its Hub name.")],
+    model: Annotated[
+        str, typer.Argument(help="A quantized checkpoint folder, a .gguf file, or a Hub name.")
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder to make.")],
     format: Annotated[
         FormatName, typer.Option("--format", help="Format to write. dense: dequantized weights.")
