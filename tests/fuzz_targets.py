@@ -406,7 +406,7 @@ def conversion(data: bytes, folder: Path) -> None:
     else:
         (folder / "model.safetensors").write_bytes(save({k: t.clone() for k, t in tensors.items()}))
     target = draw.of([fmt.name for fmt in FORMATS])
-    _plan(_open(folder, get_format(target), None), lambda *_: None)
+    _plan(_open(folder, get_format(target), None, False), lambda *_: None)
 
 
 def quant_state(data: bytes, _folder: Path) -> None:
