@@ -161,7 +161,7 @@ def test_kill_at_every_change(
     workshop: Workshop, whole: Any, place: Path, name: str, tear: bool, step: int
 ) -> None:
     """Before every other change of the disk, and in the middle of each write; of what differs from
-    the plain job only here and there, one in three. All of them took half the time of all tests.
+    the plain job only here and there, one in three. All of them took minutes.
     """
     first, run = whole[name]
     changes = [line for line in run.changes if not line.startswith("kept ")]
