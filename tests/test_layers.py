@@ -42,6 +42,7 @@ LAYERS = {
     "salience.formats.base": 20,
     "salience.formats._awq": 19,
     "salience.formats._bnb": 19,
+    "salience.formats._tensors": 18,
     "salience.formats.autoawq": 20,
     "salience.formats.awq_gemv": 20,
     "salience.formats.bitsandbytes": 20,

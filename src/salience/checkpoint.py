@@ -1,6 +1,7 @@
 """Checkpoints on disk, read lazily: never more is held than the tensor asked for."""
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -13,15 +14,15 @@ from salience.errors import SalienceError
 from salience.gguf_header import check_gguf_header
 from salience.pt_checkpoint import PtCheckpoint, pt_files
 
-_FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
-_OTHERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_TORCH = {
+# By their names in safetensors files, and in the order in which the library lays them out: wide
+# elements first, so that all are aligned.
+DTYPES = {
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
     "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
@@ -31,8 +32,8 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_KEY = "salience.config"  # in a GGUF file's metadata: the config.json of the model
 BLOCKS = ".blocks"
 # Types of 32-column blocks, which may be codes, scales and zeros as a QTensor has them.
-_BLOCK = 32
-_BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+BLOCK = 32
+BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
 class Checkpoint(Protocol):
@@ -105,7 +106,7 @@ class SafetensorsCheckpoint:
                 for name in shard.keys():  # noqa: SIM118 (not a dict)
                     view = shard.get_slice(name)
                     dtype = view.get_dtype()
-                    if dtype not in _FLOATS and dtype not in _OTHERS:
+                    if dtype not in DTYPES:
                         raise SalienceError(
                             f"tensor {name} of {file} has dtype {dtype}, which is not supported; "
                             "convert the checkpoint to BF16, F16 or F32"
@@ -127,15 +128,11 @@ class SafetensorsCheckpoint:
         return self._shapes[self._known(name)]
 
     def nbytes(self, name: str) -> int:
-        count = 1
-        for size in self.shape(name):
-            count *= size
-        dtype = self._dtypes[name]
-        return count * (_FLOATS.get(dtype) or _OTHERS[dtype])
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def dtype(self, name: str) -> torch.dtype:
         """A tensor's dtype, from the header alone."""
-        return _TORCH[self._dtypes[self._known(name)]]
+        return DTYPES[self._dtypes[self._known(name)]]
 
     def tensor(self, name: str) -> Tensor:
         with safe_open(self._files[self._known(name)], framework="pt") as shard:
@@ -185,7 +182,7 @@ class GgufCheckpoint:
         if name.endswith(BLOCKS):
             owner = name.removesuffix(BLOCKS)
             rows, columns = self.shape(owner)
-            return (rows, columns // _BLOCK, _BLOCK_BYTES[self.kind(owner)])
+            return (rows, columns // BLOCK, BLOCK_BYTES[self.kind(owner)])
         return tuple(int(n) for n in reversed(self._known(name).shape))
 
     def nbytes(self, name: str) -> int:
@@ -218,7 +215,7 @@ class GgufCheckpoint:
 
     def has_blocks(self, name: str) -> bool:
         """Whether a tensor is a matrix of 32-column blocks."""
-        return len(self._known(name).shape) == 2 and self.kind(name) in _BLOCK_BYTES
+        return len(self._known(name).shape) == 2 and self.kind(name) in BLOCK_BYTES
 
     def tensor(self, name: str) -> Tensor:
         import gguf
@@ -227,7 +224,7 @@ class GgufCheckpoint:
         tensor = self._known(name.removesuffix(BLOCKS))
         if name.endswith(BLOCKS):
             blocks = torch.from_numpy(numpy.array(tensor.data, dtype=numpy.uint8))
-            size = _BLOCK_BYTES[self.kind(tensor.name)]
+            size = BLOCK_BYTES[self.kind(tensor.name)]
             return blocks.unflatten(1, (blocks.shape[1] // size, size))
         try:
             values = gguf.dequantize(tensor.data, tensor.tensor_type)

@@ -9,7 +9,6 @@ All comes back to the byte but Gemma's norms: llama.cpp multiplies by 1 + weight
 has no room for the last bit of weights below 2^-13.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from salience.checkpoint import BLOCKS, Checkpoint, GgufCheckpoint, RenamedCheckpoint
 from salience.containers import check_container
+from salience.conversion import unplaced
 from salience.errors import SalienceError
 from salience.formats import Format, stored_config
 from salience.source import Source, open_source
@@ -65,14 +65,10 @@ class Modelled:
         if target.container != "gguf":
             return names
         known = self.model.state_dict().keys()
-        ignored = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        placed = []
+        lost = unplaced(self.model, self.weights)
+        placed = [name for name in names if name in known]
         for name in names:
-            if name in known:
-                placed.append(name)
-            elif any(re.search(each, name) for each in ignored):
-                continue
-            elif not name.endswith(".bias") or self.weights.tensor(name).any():
+            if name in lost and (not name.endswith(".bias") or self.weights.tensor(name).any()):
                 raise SalienceError(
                     f"tensor {name} of {self.weights.path} has no place in a GGUF file: "
                     f"a {self.config.get('model_type')} has none of that name"

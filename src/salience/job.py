@@ -12,9 +12,8 @@ from torch import Tensor, nn
 
 from salience.checkpoint import Checkpoint
 from salience.conversion import stored_owner
-from salience.errors import SalienceError
 from salience.formats import Format
-from salience.loading import read_tensor, set_tensor
+from salience.loading import check_finite, read_tensor, set_tensor
 from salience.methods import Method
 from salience.modules import embeddings
 from salience.recipe import Recipe
@@ -144,11 +143,7 @@ class Job:
         """
         like = self.skeleton.get_parameter(name)
         tensor = read_tensor(self.weights, name, like).to(self.device).float()
-        if not torch.isfinite(tensor).all():
-            raise SalienceError(
-                f"tensor {name} of {self.weights.path} has values that are not finite; "
-                "the file is damaged or the model diverged"
-            )
+        check_finite(self.weights, name, tensor)
         return tensor
 
     @contextmanager

@@ -135,6 +135,17 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
 
 
+def check_finite(stored: Checkpoint, name: str, value: Tensor) -> None:
+    """Refuse a tensor of a model, read from `stored`, with NaN or Inf in it."""
+    # Least and largest, which are NaN when any is: no mask as large as the tensor.
+    ends = value.aminmax() if value.is_floating_point() and value.numel() else ()
+    if not all(torch.isfinite(end) for end in ends):
+        raise SalienceError(
+            f"tensor {name} of {stored.path} has values that are not finite; "
+            "the file is damaged or the model diverged"
+        )
+
+
 def read_tensor(stored: Checkpoint, name: str, like: Tensor) -> Tensor:
     """A stored tensor, which must have the shape of the model's."""
     tensor = stored.tensor(name)
@@ -331,13 +342,7 @@ class _Loader:
     def _weight(self, name: str, like: Tensor) -> Tensor:
         """A float weight or bias as it is stored, all of it finite."""
         value = read_tensor(self.weights, name, like)
-        # Least and largest, which are NaN when any is: no mask as large as the tensor.
-        ends = value.aminmax() if value.is_floating_point() and value.numel() else ()
-        if not all(torch.isfinite(end) for end in ends):
-            raise SalienceError(
-                f"tensor {name} of {self.weights.path} has values that are not finite; "
-                "the file is damaged or the model diverged"
-            )
+        check_finite(self.weights, name, value)
         return value
 
     def _put(self, names: list[str], value: Tensor) -> None:

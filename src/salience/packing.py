@@ -13,7 +13,6 @@ from torch.nn.functional import pad
 
 # Nibble i of an AutoAWQ word holds column AWQ_ORDER[i] of its eight.
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-_AWQ_REVERSE = tuple(AWQ_ORDER.index(i) for i in range(8))
 
 
 def words(n: int, bits: int) -> int:
@@ -53,11 +52,6 @@ def unpack(packed: Tensor, bits: int, n: int | None = None) -> Tensor:
 def interleave_awq(codes: Tensor) -> Tensor:
     """Put each eight columns [..., 8k] into AutoAWQ's order."""
     return codes.unflatten(-1, (-1, 8))[..., list(AWQ_ORDER)].flatten(-2)
-
-
-def deinterleave_awq(codes: Tensor) -> Tensor:
-    """Undo `interleave_awq`."""
-    return codes.unflatten(-1, (-1, 8))[..., list(_AWQ_REVERSE)].flatten(-2)
 
 
 def unpack_awq(packed: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from salience.checkpoint import INDEX_NAME
+from salience.checkpoint import DTYPES, INDEX_NAME
 from salience.errors import SalienceError, StorageError
 from salience.machine import free_disk_bytes
 
@@ -22,19 +22,7 @@ SHARD_BYTES = 2**29
 _PIECE = 2**22  # numbers
 # What float tensors may be stored in, by the name that configs and the command line have for it.
 FLOAT_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# In the order of the library's files: wide elements first, so that all are aligned.
-_DTYPES = {
-    torch.int64: "I64",
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ShardWriter:
@@ -123,7 +111,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
         tensors: taken out of the dict one after the other, so that each can be freed.
         metadata: of the file.
     """
-    places = {dtype: place for place, dtype in enumerate(_DTYPES)}
+    places = {dtype: place for place, dtype in enumerate(_NAMES)}
     order = sorted(tensors, key=lambda name: (places[tensors[name].dtype], name))
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -131,7 +119,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: Mapping[str, 
         tensor = tensors[name]
         end = offset + tensor.nbytes
         header[name] = {
-            "dtype": _DTYPES[tensor.dtype],
+            "dtype": _NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }

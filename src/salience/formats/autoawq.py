@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
-from salience.formats._awq import BITS, config_scheme, matrix, need, variant
+from salience.formats._awq import BITS, config_scheme, variant
+from salience.formats._tensors import matrix, need
 from salience.packing import interleave_awq, pack, unpack_awq
 from salience.qtensor import QTensor
 from salience.scheme import Scheme

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salience.formats._awq import BITS, check_tensor, config_scheme, matrix, need, padded_groups
+from salience.formats._awq import BITS, config_scheme, padded_groups
 from salience.formats._awq import variant as awq_variant
+from salience.formats._tensors import check_tensor, matrix, need
 from salience.packing import unpack
 from salience.qtensor import QTensor
 from salience.scheme import Scheme

@@ -28,6 +28,7 @@ from torch import Tensor
 from salience.codebook import table
 from salience.errors import SalienceError
 from salience.formats._bnb import loads_in, quantization_config
+from salience.formats._tensors import need
 from salience.packing import pack, unpack
 from salience.qtensor import NestedScales, QTensor
 from salience.scheme import NESTED_BLOCK, Scheme
@@ -116,10 +117,7 @@ class BitsAndBytes:
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
         kind = str(scheme.codebook)
-        need = _PLAIN.union({_STATES[kind]}, _NESTED if scheme.double_quant else ())
-        missing = need - tensors.keys()
-        if missing:
-            raise SalienceError(f"tensor {min(missing)} is missing")
+        need(tensors, _PLAIN.union({_STATES[kind]}, _NESTED if scheme.double_quant else ()))
         device = tensors["weight"].device
         if not torch.equal(tensors["weight.quant_map"].float(), _stored_table(kind, device)):
             raise SalienceError(f"weight.quant_map is not the table of {kind}")

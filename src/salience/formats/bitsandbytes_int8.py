@@ -23,6 +23,7 @@ from torch import Tensor
 
 from salience.errors import SalienceError
 from salience.formats._bnb import loads_in, quantization_config
+from salience.formats._tensors import need
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -64,9 +65,7 @@ class BitsAndBytesInt8:
         }
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-        missing = {"weight", "SCB"} - tensors.keys()  # early versions had no weight_format
-        if missing:
-            raise SalienceError(f"tensor {min(missing)} is missing")
+        need(tensors, {"weight", "SCB"})  # early versions had no weight_format
         weight, scales = tensors["weight"], tensors["SCB"]
         if weight.dtype != torch.int8 or weight.ndim != 2:
             raise SalienceError(

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.formats._tensors import need
 from salience.packing import pack, unpack, words
 from salience.patterns import matching
 from salience.qtensor import QTensor
@@ -101,10 +102,8 @@ class CompressedTensors:
         return tensors
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-        need = {"weight_packed", "weight_scale", "weight_shape"}
-        missing = need.union(() if scheme.sym else {"weight_zero_point"}) - tensors.keys()
-        if missing:
-            raise SalienceError(f"tensor {min(missing)} is missing")
+        names = {"weight_packed", "weight_scale", "weight_shape"}
+        need(tensors, names.union(() if scheme.sym else {"weight_zero_point"}))
         packed, scales, shape = (
             tensors[k] for k in ("weight_packed", "weight_scale", "weight_shape")
         )

@@ -25,13 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salience.checkpoint import BLOCK, BLOCK_BYTES
 from salience.errors import SalienceError
+from salience.formats._tensors import need
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
-BLOCK = 32  # columns
 LOCAL = "weight.blocks"
-TYPES = {18: "Q4_0", 20: "Q4_1", 34: "Q8_0"}  # by the bytes of a block
+TYPES = {size: kind for kind, size in BLOCK_BYTES.items()}
 _MIDDLE = {4: 8, 8: 128}  # the zero of symmetric codes
 _CHUNK_ROWS = 256
 
@@ -101,8 +102,7 @@ class Gguf:
         return {LOCAL: torch.cat([*head, low | (high << 4)], dim=-1)}
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-        if LOCAL not in tensors:
-            raise SalienceError(f"tensor {LOCAL} is missing")
+        need(tensors, self.tensors)
         blocks = tensors[LOCAL]
         known = blocks.dtype == torch.uint8 and blocks.ndim == 3 and blocks.shape[-1] in TYPES
         if not known or not blocks.numel():

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.formats._tensors import need
 from salience.packing import pack, unpack
 from salience.patterns import matching
 from salience.qtensor import QTensor
@@ -128,9 +129,7 @@ class Gptq:
         }
 
     def read(self, tensors: Mapping[str, Tensor], scheme: Scheme) -> QTensor:
-        missing = self.tensors - tensors.keys()
-        if missing:
-            raise SalienceError(f"tensor {min(missing)} is missing")
+        need(tensors, self.tensors)
         qweight, qzeros, scales, g_idx = (
             tensors[name] for name in ("qweight", "qzeros", "scales", "g_idx")
         )

@@ -29,8 +29,9 @@ from torch import Tensor
 
 from salience.checkpoint import Checkpoint
 from salience.errors import SalienceError
-from salience.formats._awq import check_tensor, config_scheme, matrix, need, padded_groups
+from salience.formats._awq import config_scheme, padded_groups
 from salience.formats._awq import variant as awq_variant
+from salience.formats._tensors import check_tensor, matrix, need
 from salience.packing import unpack_awq_fast
 from salience.qtensor import QTensor
 from salience.scheme import Scheme

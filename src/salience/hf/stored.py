@@ -13,7 +13,7 @@ from transformers.core_model_loading import WeightRenaming
 from transformers.utils.quantization_config import QuantizationConfigMixin, QuantizationMethod
 
 from salience.checkpoint import SafetensorsCheckpoint
-from salience.conversion import check_places
+from salience.conversion import ModelWeights, check_places
 from salience.errors import SalienceError
 from salience.formats import FORMATS, detect_format
 from salience.hf.base import PackedQuantizer, no_weight, of_linear
@@ -117,9 +117,9 @@ class StoredQuantizer(PackedQuantizer):
         self._dtype = model.dtype
         self.files = [Path(file) for file in checkpoint_files]
         self.fmt = detect_format(config)
-        weights = self._weights(model)
-        check_places(model, weights)
         files = SafetensorsCheckpoint(self.files[0].parent, self.files)
+        weights = ModelWeights(files, model)
+        check_places(model, weights)
         own = self.fmt.tensors - {"weight"}  # a float linear has one of that name too
         used: set[str] = set()
         self.packed, self._shapes = {}, {}
