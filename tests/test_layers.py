@@ -34,6 +34,7 @@ LAYERS = {
     "salience.journal": 12,
     "salience.conversion": 15,
     "salience.source": 20,
+    "salience.kernels._fragments": 18,
     "salience.kernels._reference": 20,
     "salience.kernels._codebook": 20,
     "salience.kernels.cpu": 20,
