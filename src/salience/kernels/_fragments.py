@@ -12,7 +12,7 @@ would go through shared memory. So they are reordered once, when the weight is l
 32 pairs, pair 4 j + register. A pair is what one shift and one mask give: two codes, 16 bits apart.
 
     words of a lane and block   2 * bits
-    2, 4, 8 bits                pair P is in word P // (16 / bits), from bit bits * (P % (16 / bits))
+    2, 4, 8 bits                pair P in word P // (16 / bits), from bit bits * (P % (16 / bits))
     3 bits                      word i has pairs 5 i to 5 i + 4, three bits each; of pairs 30 and
                                 31 each bit is the highest of a word, 0 to 2 and 3 to 5
 
@@ -22,7 +22,7 @@ padded to 64, columns to 128, with codes 0 that meet a scale or an x of 0. Scale
 [tiles, groups, 16], where rows g and g + 8 of a tile are neighbours, as a thread needs both. All is
 tile after tile, so weights that share their input are joined along the first dimension.
 
-The order is that of all NVIDIA GPUs since sm80, for mma as well as for wgmma, and is a pure reorder:
+The order is that of NVIDIA GPUs since sm80, for mma as for wgmma, and is a pure reorder:
 `unpack_fragments` undoes it exactly.
 """
 
