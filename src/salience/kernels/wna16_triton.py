@@ -260,8 +260,8 @@ def _unpack(
         )  # fmt: skip
         scale = tl.join(scale_a.to(tl.float32), scale_b.to(tl.float32))
         scale = tl.permute(scale, (2, 3, 1, 0))[:, :, :, None, :, None]
-        shape: tl.constexpr = (TILES, 2, 8, CHUNK // 8, 4, 2)
-        values = tl.reshape(tl.reshape(weight, shape).to(tl.float32) * scale, weight.shape)
+        values = tl.reshape(weight, (TILES, 2, 8, CHUNK // 8, 4, 2)).to(tl.float32) * scale
+        values = tl.reshape(values, (16 * TILES, CHUNK))
         column = start + tl.arange(0, CHUNK)
         keep = (row < count)[:, None] & (column < columns)[None, :]
         at = row[:, None].to(tl.int64) * columns + column[None, :]
