@@ -136,7 +136,7 @@ GpusOption = Annotated[
     typer.Option("--tensor-parallel", min=1, help="GPUs that vLLM or SGLang will cut it over."),
 ]
 KernelOption = Annotated[
-    str, typer.Option("--kernel", help="auto, reference, cpu_int4 or codebook.")
+    str, typer.Option("--kernel", help="auto, gpu, cpu_int4, reference or codebook.")
 ]
 
 
