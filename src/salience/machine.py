@@ -1,6 +1,7 @@
 """What this machine has: memory, and how fast it multiplies."""
 
 import ctypes
+import os
 import shutil
 import sys
 import time
@@ -31,6 +32,12 @@ def available_ram_bytes() -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - used)
+
+
+def cache_folder(name: str) -> Path:
+    """Where this program keeps what it can make again, as the XDG standard says."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "salience" / name
 
 
 def free_disk_bytes(path: Path) -> int:

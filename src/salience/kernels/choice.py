@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from salience.kernels._fragments import BLOCK, ROWS, TILE
+from salience.machine import cache_folder
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 _OTHER_GROUP = 1.0  # as far as twice the columns
@@ -119,12 +120,6 @@ def _distance(a: Shape, b: Shape) -> float:
     return sides + _OTHER_GROUP * (a.group_size != b.group_size) + 0.1 * (a.dtype != b.dtype)
 
 
-def cache_folder() -> Path:
-    """Where a user's own tables are: as the XDG standard says."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "salience" / "kernels"
-
-
 def _file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
@@ -132,7 +127,7 @@ def _file_name(gpu: str) -> str:
 @functools.cache
 def _table(gpu: str) -> tuple[Entry, ...]:
     """All entries of a GPU, the user's before ours."""
-    folders = (cache_folder(), _SHIPPED)
+    folders = (cache_folder("kernels"), _SHIPPED)
     return tuple(entry for folder in folders for entry in _read(folder / _file_name(gpu)))
 
 
@@ -273,7 +268,7 @@ def save(gpu: str, entries: Sequence[Entry], folder: Path | None = None) -> Path
     Returns:
         The file written.
     """
-    path = (folder or cache_folder()) / _file_name(gpu)
+    path = (folder or cache_folder("kernels")) / _file_name(gpu)
     fresh = {entry.shape for entry in entries}
     kept = [entry for entry in _read(path) if entry.shape not in fresh]
     path.parent.mkdir(parents=True, exist_ok=True)

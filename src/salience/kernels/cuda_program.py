@@ -9,12 +9,12 @@ import functools
 import hashlib
 from importlib.resources import files
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from torch import Tensor
+
+from salience.machine import cache_folder
 
 
 def available() -> bool:
@@ -115,12 +115,14 @@ def _cubin(code: str, name: str, macros: dict[str, int], index: int) -> bytes:
     macros = {**macros, "SM": sm}
     key = f"{nvrtc.nvrtcVersion()}{arch}{sorted(macros.items())}{code}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:32]
-    kept = Path(platformdirs.user_cache_dir("salience")) / "cubin" / f"{name}-{digest}.bin"
+    kept = cache_folder("cubin") / f"{name}-{digest}.bin"
     try:
         return kept.read_bytes()
     except OSError:
         pass
-    options = ProgramOptions(arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in macros.items()])
+    options = ProgramOptions(
+        arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in macros.items()]
+    )
     made = bytes(Program(code, "c++", options).compile("cubin").code)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ from salience.kernels._fragments import (
     unpack_fragments,
 )
 from salience.kernels.choice import Shape, Variant
+from salience.kernels.mma_cuda import Mma
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -102,7 +103,7 @@ class Dequantize:
         return y
 
 
-VARIANTS: tuple[Variant, ...] = (Triton(), Dequantize())
+VARIANTS: tuple[Variant, ...] = (Mma(), Triton(), Dequantize())
 
 
 class Gpu:

@@ -21,8 +21,7 @@
 // first weights are by then under way, as they depend on nobody.
 //
 // Options, as macros: BITS 2, 3, 4, 8; SUBS groups to a block of 128 columns (1, 2, 4) or else
-// GROUP_BLOCKS blocks to a group; TOKENS a multiple of 8; TILES 1, 2, 4; HIGH; DEEP; STAGES; SPLIT; RESIDENT
-// thread blocks of a processor, which bounds the registers; BF16; SCALE 0 fp16, 1 bf16, 2 fp32.
+// GROUP_BLOCKS blocks to a group; TOKENS a multiple of 8; TILES 1, 2, 4; HIGH; DEEP; STAGES; SPLIT; BF16; SCALE 0 fp16, 1 bf16, 2 fp32.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -248,7 +247,7 @@ __device__ __forceinline__ u16 rounded(float value) {
 
 // Grid (SPLIT, row blocks, strips of TOKENS tokens); x [tokens, columns] with rows `stride` apart,
 // y [tokens, out].
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS)
 mma(const char* x, const char* words, const char* scales, const char* zeros, u16* y, int tokens, int out,
     int columns, int stride, int groups) {
     extern __shared__ __align__(16) char shared[];
