@@ -157,6 +157,14 @@ class Runner:
         self._draw(logits, rows, self._positions[rows], features)
         return self._drawn(rows, features)
 
+    @torch.no_grad()
+    def prepare(self, features: Features) -> None:
+        """Capture the steps of all numbers of rows now, not when they are first needed."""
+        rows = 1
+        while self._graphs is not None and rows <= self.slots:
+            self.decode(0, rows, self.capacity, features)
+            rows = self.slots if rows < self.slots < 2 * rows else 2 * rows
+
     def decode(self, first: int, rows: int, length: int, features: Features) -> Drawn:
         """One token for each of the active slots among `rows` slots from `first` on.
 

@@ -100,7 +100,7 @@ class Sequential:
         rows = [
             self._forward(self.first + row, ids[row : row + 1], positions[row : row + 1, None])
             if self.first + row in self.states
-            else ids.new_zeros(1, self.vocabulary)
+            else torch.zeros(1, self.vocabulary, device=ids.device)
             for row in range(ids.shape[0])
         ]
         return torch.cat([row.to(rows[0].device) for row in rows])
