@@ -98,7 +98,8 @@ class Runner:
 
     def _make_graphs(self, model: Any, wanted: bool | None) -> Graphs | None:
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        possible = self.device.type == "cuda" and self.static and not hooked
+        fits = isinstance(self.step, Step) and not self.step.waits
+        possible = self.device.type == "cuda" and fits and not hooked
         if wanted and not possible:
             raise SalienceError(
                 "CUDA graphs need a model with a cache of keys and values, wholly on one GPU; "
