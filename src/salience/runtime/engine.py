@@ -19,7 +19,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from salience.errors import SalienceError
 from salience.runtime.limits import check_prompt, context, end_tokens
@@ -166,7 +165,7 @@ class Engine:
         Args:
             prompt: its tokens.
             sampling: how the reply is drawn.
-            guided: `allow` will be called before each token, so no step may run ahead.
+            guided: each token waits for a mask by `Request.allow`.
         """
         request = self._request(prompt, sampling, guided)
         with self._lock:
@@ -182,17 +181,6 @@ class Engine:
         )
         room = min(sampling.max_new_tokens, self.max_context - len(prompt))
         return Request(prompt, sampling, self.tokenizer, frozenset(ends), room, guided)
-
-    def allow(self, request: Request, bitmask: Tensor) -> None:
-        """The tokens that the next draw of a guided request, once in a slot, may take.
-
-        Args:
-            request: submitted with `guided`.
-            bitmask: int32 [vocabulary / 32]; bit i of word w allows token 32 w + i.
-        """
-        with self._lock:
-            if request.slot is not None and not request.finished:
-                self._runner.sampling.bitmask[request.slot].copy_(bitmask, non_blocking=True)
 
     def prepare(self, *samplings: Sampling) -> None:
         """Capture the graphs that such replies need, while there are none to wait for it."""
@@ -238,6 +226,8 @@ class Engine:
         chunk = self.prefill_chunk if self.static else len(request.prompt)
         tokens = request.prompt[start : start + chunk]
         last = start + len(tokens) == len(request.prompt)
+        if last:
+            self._set_mask(slot)
         drawn = self._runner.prefill(slot.index, tokens, start, _features([slot]) if last else None)
         request.filled += len(tokens)
         if drawn is not None:
@@ -247,14 +237,20 @@ class Engine:
         first, last = running[0].index, running[-1].index
         among = self._slots[first : last + 1]
         length = max(slot.position for slot in among) + 1
+        for slot in running:
+            self._set_mask(slot)
         drawn = self._runner.decode(first, len(among), length, _features(running))
         self._launched(drawn, running)
+
+    def _set_mask(self, slot: Slot) -> None:
+        if slot.request is not None and slot.request.guided:
+            self._runner.resume(slot.index, slot.request.take_mask())
 
     def _launched(self, drawn: Drawn, slots: Sequence[Slot]) -> None:
         requests = [slot.request for slot in slots if slot.request is not None]
         for request in requests:
             request.launched += 1
-            if request.launched == request.room and request.slot is not None:
+            if (request.guided or request.launched == request.room) and request.slot is not None:
                 self._runner.pause(request.slot)
         self._unread.append((drawn, requests))
 

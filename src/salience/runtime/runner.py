@@ -128,6 +128,11 @@ class Runner:
         """No more tokens for a slot."""
         self._active[slot].fill_(False)
 
+    def resume(self, slot: int, bitmask: Tensor) -> None:
+        """Go on with a slot that was paused; its next token is one of those in a mask."""
+        self.sampling.bitmask[slot].copy_(bitmask, non_blocking=True)
+        self._active[slot].fill_(True)
+
     def release(self, slot: int, tokens: int) -> None:
         """End a slot's reply and keep its first `tokens` tokens."""
         self.pause(slot)
