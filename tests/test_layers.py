@@ -39,6 +39,8 @@ LAYERS = {
     "salience.kernels._codebook": 20,
     "salience.kernels.cpu": 20,
     "salience.kernels.int4_triton": 20,
+    "salience.kernels.fused.plain": 19,
+    "salience.kernels.fused": 20,
     "salience.kernels": 21,
     "salience.formats.base": 20,
     "salience.formats._awq": 19,

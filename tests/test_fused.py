@@ -1,0 +1,195 @@
+"""The fused ops against fp64, in PyTorch and as Triton kernels: interpreted where there is no GPU."""
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from salience.kernels import fused
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Roundings that may meet: of an input's product, of a sum, of the result.
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-6}
+DTYPES = list(TOLERANCE)
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(found: Tensor, want: Tensor) -> None:
+    """Every number, but for roundings of what is as large as the largest in its row."""
+    assert found.shape == want.shape
+    error = (found.double() - want).abs()
+    size = want.abs().amax(-1, keepdim=True)
+    assert bool((error <= TOLERANCE[found.dtype] * size).all()), float((error / size).max())
+
+
+def norm64(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+    wide = x.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * (weight.double() + offset)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("offset", "cast_first"), [(0.0, True), (1.0, False)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (5, 96), (3, 200)])
+def test_rms_norm(
+    rows: int, width: int, offset: float, cast_first: bool, dtype: torch.dtype
+) -> None:
+    x, weight = random(rows, width, dtype=dtype) * 3, random(width, dtype=dtype)
+    found = fused.rms_norm(x, weight, 1e-5, offset, cast_first)
+    close(found, norm64(x, weight, 1e-5, offset))
+    residual = random(rows, width, dtype=dtype, seed=1)
+    found, total = fused.add_rms_norm(x, residual, weight, 1e-5, offset, cast_first)
+    assert torch.equal(total, x + residual)
+    close(found, norm64(x + residual, weight, 1e-5, offset))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_of_heads(dtype: torch.dtype) -> None:
+    product = random(3, 10 * 48, dtype=dtype)
+    weight = random(48, dtype=dtype)
+    for x in (product[:, 96:288].view(3, 4, 48), product.view(3, 1, 10, 48).transpose(1, 2)[:, 2:]):
+        found = fused.rms_norm(x, weight, 1e-6)
+        assert found.is_contiguous()
+        close(found, norm64(x, weight, 1e-6, 0.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_round_as_the_modules_do(dtype: torch.dtype) -> None:
+    x = random(7, 128, dtype=dtype) * 4
+    weight = random(128, dtype=dtype, seed=3)
+    for module, offset, cast_first in (
+        (LlamaRMSNorm(128, 1e-5), 0.0, True),
+        (GemmaRMSNorm(128, 1e-5), 1.0, False),
+    ):
+        module.weight.data = weight
+        found = fused.rms_norm(x, weight, 1e-5, offset, cast_first)
+        assert torch.equal(found, module(x).detach())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_products_with_an_activation(dtype: torch.dtype) -> None:
+    both = random(3, 2 * 72, dtype=dtype) * 4
+    wide = both.double()
+    gate, up = both.chunk(2, dim=-1)
+    g, u = wide.chunk(2, dim=-1)
+    close(fused.silu_mul(gate, up), g / (1 + torch.exp(-g)) * u)
+    close(fused.gelu_mul(gate, up, False), g * 0.5 * (1 + torch.erf(g / math.sqrt(2))) * u)
+    inner = math.sqrt(2 / math.pi) * (g + 0.044715 * g**3)
+    close(fused.gelu_mul(gate, up, True), 0.5 * g * (1 + torch.tanh(inner)) * u)
+
+
+def rotated64(x: Tensor, angles: Tensor, interleaved: bool) -> Tensor:
+    """Each pair of x [batch, heads, D] as a complex number, turned by angles [batch, pairs]."""
+    wide, pairs = x.double(), angles.shape[1]
+    index = torch.arange(pairs, device=x.device)
+    first = 2 * index if interleaved else index
+    second = first + (1 if interleaved else pairs)
+    turned = torch.complex(wide[..., first], wide[..., second]) * torch.exp(1j * angles)[:, None]
+    out = wide.clone()
+    out[..., first], out[..., second] = turned.real, turned.imag
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(16, 16), (20, 12), (48, 48)])
+@pytest.mark.parametrize("half_tables", [False, True])
+def test_rope_update(
+    dim: int, rotary_dim: int, interleaved: bool, half_tables: bool, dtype: torch.dtype
+) -> None:
+    batch, kv_heads, heads, length = 3, 2, 6, 9
+    product = random(batch, 1, (heads + 2 * kv_heads) * dim, dtype=dtype)
+    q, k, v = product.split([heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
+    angles = (random(batch, rotary_dim // 2) * 3).double()
+    table = angles
+    if not half_tables:
+        table = angles.repeat_interleave(2, -1) if interleaved else angles.repeat(1, 2)
+    caches = random(batch, length, 2 * kv_heads, dim, dtype=dtype).transpose(1, 2)
+    k_cache, v_cache = caches.chunk(2, dim=1)
+    before = k_cache.clone(), v_cache.clone()
+    positions = torch.tensor([4, 0, length], device=DEVICE)  # the last is outside: not written
+    found = fused.rope_update(
+        q, k.view(batch, 1, kv_heads, dim).transpose(1, 2), v, table.cos().to(dtype)[:, None],
+        table.sin().to(dtype)[:, None], k_cache, v_cache, positions, rotary_dim, interleaved,
+    )  # fmt: skip
+    close(found, rotated64(q.view(batch, heads, dim), angles, interleaved))
+    keys = rotated64(k.view(batch, kv_heads, dim), angles, interleaved)
+    for row, position in enumerate(positions[:2].tolist()):
+        close(k_cache[row, :, position], keys[row])
+        assert torch.equal(v_cache[row, :, position], v.view(batch, kv_heads, dim)[row])
+        for cache, old in zip((k_cache, v_cache), before, strict=True):
+            cache[row, :, position] = old[row, :, position]
+    assert torch.equal(k_cache, before[0])
+    assert torch.equal(v_cache, before[1])
+
+
+def attention64(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, window: int, softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """A loop over rows and heads."""
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros(*q.shape[:2], v.shape[-1], dtype=torch.float64, device=q.device)
+    for row, position in enumerate(positions.tolist()):
+        seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
+        for head in range(q.shape[1]):
+            scores = k[row, head // group, seen].double() @ q[row, head].double() * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.exp()
+            extra = sinks[head].double().exp() if sinks is not None else 0.0
+            values = v[row, head // group, seen].double()
+            out[row, head] = (weights / (weights.sum() + extra)) @ values
+    return out.flatten(1)
+
+
+def attended(
+    attention: Callable[..., Tensor], *, batch: int = 2, kv_heads: int = 2, group: int = 3,
+    dim: int = 16, values: int = 16, length: int = 40, positions: list[int] | None = None,
+    window: int = 0, softcap: float = 0.0, sinks: bool = False,
+    dtype: torch.dtype = torch.float16, seed: int = 0,
+) -> None:  # fmt: skip
+    """One call with random numbers, poison behind the positions, against fp64."""
+    generator = torch.Generator().manual_seed(seed)
+    if positions is None:
+        positions = torch.randint(length, (batch,), generator=generator).tolist()
+    at = torch.tensor(positions, device=DEVICE)
+    q = random(batch, 1, kv_heads * group * dim, dtype=dtype, seed=seed)
+    # Tokens before heads: the cache's strides are those of a transposed tensor.
+    k = random(batch, length, kv_heads, dim, dtype=dtype, seed=seed + 1).transpose(1, 2)
+    v = random(batch, kv_heads, length, values, dtype=dtype, seed=seed + 2)
+    beyond = torch.arange(length, device=DEVICE) > at[:, None]
+    for cache in (k, v):
+        cache.masked_fill_(beyond[:, None, :, None], math.nan)
+    sink = random(kv_heads * group, seed=seed + 3) * 2 if sinks else None
+    settings_ = (0.3, window, softcap, sink)
+    found = attention(q, k, v, at, *settings_)
+    assert found.dtype == dtype
+    heads = q.view(batch, kv_heads * group, dim)
+    close(found, attention64(heads, k, v, at, *settings_))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"group": 1, "positions": [0, 39]},
+        {"dim": 20, "values": 12, "group": 8, "positions": [33, 33]},
+        {"window": 7, "positions": [3, 30]},
+        {"softcap": 2.0},
+        {"sinks": True},
+        {"softcap": 3.0, "sinks": True, "window": 20},
+        {"positions": [-1, 12]},
+    ],
+    ids=str,
+)
+def test_decode_attention(case: dict[str, object], dtype: torch.dtype) -> None:
+    attended(fused.decode_attention, dtype=dtype, **case)
