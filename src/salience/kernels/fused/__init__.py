@@ -13,6 +13,8 @@ uses them follows the one that does not.
 their last axis is contiguous. Outputs are contiguous.
 """
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -175,3 +177,14 @@ def _(
 ) -> Tensor:
     heads = plain.heads(q, k_cache.shape[-1]).shape[1]
     return q.new_empty(q.shape[0], heads * v_cache.shape[-1])
+
+
+if find_spec("triton") is not None and torch.cuda.is_available():
+    from salience.kernels.fused import attention_triton, rope_triton, rows_triton
+
+    rms_norm.register_kernel("cuda", rows_triton.rms_norm)
+    add_rms_norm.register_kernel("cuda", rows_triton.add_rms_norm)
+    silu_mul.register_kernel("cuda", rows_triton.silu_mul)
+    gelu_mul.register_kernel("cuda", rows_triton.gelu_mul)
+    rope_update.register_kernel("cuda", rope_triton.rope_update)
+    decode_attention.register_kernel("cuda", attention_triton.decode_attention)
