@@ -35,7 +35,7 @@ from salience.kernels.fused import attention_triton, plain, rope_triton, rows_tr
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336  # of Llama-3-8B
 L2_BYTES = 160e6  # three times an H100's
-TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2.4e-2}
 Call = Callable[[], Any]
 
 
@@ -93,7 +93,14 @@ def attention_case(case: dict[str, Any]) -> tuple[Tensor, Tensor]:
     return fused.decode_attention(q, *caches, at, *rest), attention(q, *caches, at, *rest)
 
 
-def rope_case(dim: int, rotary: int, interleaved: bool, dtype: torch.dtype) -> list[Tensor]:
+def normalized(x: Tensor, weight: Tensor, offset: float = 0.0) -> Tensor:
+    wide = x.double()
+    return wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt() * (weight.double() + offset)
+
+
+def rope_case(
+    dim: int, rotary: int, interleaved: bool, norm: bool, dtype: torch.dtype
+) -> list[Tensor]:
     """Rotated q and the written lines of both caches, each found and right."""
     batch, heads, kv_heads, length = 3, 8, 2, 50
     parts = [heads * dim, kv_heads * dim, kv_heads * dim]
@@ -103,7 +110,8 @@ def rope_case(dim: int, rotary: int, interleaved: bool, dtype: torch.dtype) -> l
     at = torch.tensor([0, 49, 17], device="cuda")
     empty = torch.full((batch, kv_heads, length, dim), 7.0, device="cuda", dtype=dtype)
     caches = [empty, empty.clone()]
-    found = fused.rope_update(q, k, v, *tables, *caches, at, rotary, interleaved)
+    weights = (normal(dim, dtype=dtype), normal(dim, dtype=dtype)) if norm else (None, None)
+    found = fused.rope_update(q, k, v, *tables, *caches, at, rotary, interleaved, *weights, 1e-5)
     rows = torch.arange(batch, device="cuda")
     written = [cache[rows, :, at].clone() for cache in caches]
     for cache in caches:
@@ -111,6 +119,8 @@ def rope_case(dim: int, rotary: int, interleaved: bool, dtype: torch.dtype) -> l
         if not bool((cache == 7.0).all()):
             raise SystemExit("rope_update wrote beside its line")
     q, k, v = (plain.heads(x, dim) for x in (q, k, v))
+    if norm:
+        q, k = (normalized(x, weight) for x, weight in zip((q, k), weights, strict=True))
     return [
         found, rotated(q, angles, interleaved),
         written[0], rotated(k, angles, interleaved),
@@ -126,9 +136,7 @@ def row_cases(dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
         y = fused.rms_norm(x, weight, 1e-5, offset, cast_first)
         z, total = fused.add_rms_norm(x, residual, weight, 1e-5, offset, cast_first)
         for found, source in ((y, x), (z, x + residual)):
-            wide = source.double()
-            root = (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-            pairs += [found, wide / root * (weight.double() + offset)]
+            pairs += [found, normalized(source, weight, offset)]
         pairs += [total, (x + residual).double()]
     gate, up = normal(rows, 2 * width, dtype=dtype).chunk(2, dim=-1)
     g, u = gate.double(), up.double()
@@ -154,9 +162,10 @@ def correctness() -> dict[str, float]:
     ):  # fmt: skip
         cases[f"attention {case}"] = partial(attention_case, case)
     for dim, rotary in ((128, 128), (80, 32), (96, 96)):
-        for interleaved, dtype in itertools.product((False, True), (half, brain)):
-            name = f"rope {dim} {rotary} {'pairs' if interleaved else 'halves'} {str(dtype)[6:]}"
-            cases[name] = partial(rope_case, dim, rotary, interleaved, dtype)
+        for interleaved, norm in itertools.product((False, True), repeat=2):
+            for dtype in (half, brain):
+                name = f"rope {dim} {rotary} {interleaved=} {norm=} {str(dtype)[6:]}"
+                cases[name] = partial(rope_case, dim, rotary, interleaved, norm, dtype)
     for rows, width in ((1, 4096), (3, 5120), (300, 128)):
         for dtype in (half, brain):
             name = f"rows {rows} x {width} {str(dtype)[6:]}"

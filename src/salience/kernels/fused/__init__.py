@@ -27,9 +27,10 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + offset), over the last axis, computed in fp32.
 
-    `x` is [..., width], one row a token or a head, `weight` [width]. With `cast_first` the quotient
-    is rounded to the dtype of x before it meets the weight (Llama); without it, after (Gemma, whose
-    offset is 1).
+    `x` is [..., width], one row a token or a head, `weight` [width] and nothing that the same CUDA
+    graph computes: it is read before the kernels in front have ended. With `cast_first` the
+    quotient is rounded to the dtype of x before it meets the weight (Llama); without it, after
+    (Gemma, whose offset is 1).
     """
     return plain.rms_norm(x, weight, eps, offset, cast_first)
 
@@ -100,6 +101,11 @@ def rope_update(
     positions: Tensor,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    cast_first: bool = True,
 ) -> Tensor:
     """Rotate q and k by their position, write k and v into the caches: rotated q [batch, heads, D].
 
@@ -115,10 +121,13 @@ def rope_update(
         positions: int [batch].
         rotary_dim: how many columns of a head turn, the first ones; 0 for the width of `cos`.
         interleaved: pairs are columns 2 i, 2 i + 1 (GPT-J, Cohere), not i, i + rotary_dim / 2.
+        q_weight, k_weight: [D]. Where both are given, each head of q and k is first normalized
+            with them (Qwen3, Gemma3): `rms_norm` with `eps`, `offset` and `cast_first`.
     """
     return plain.rope_update(
-        q, k, v, cos, sin, k_cache, v_cache, positions, rotary_dim, interleaved
-    )
+        q, k, v, cos, sin, k_cache, v_cache, positions, rotary_dim, interleaved,
+        q_weight, k_weight, eps, offset, cast_first,
+    )  # fmt: skip
 
 
 @rope_update.register_fake
@@ -133,6 +142,11 @@ def _(
     positions: Tensor,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    cast_first: bool = True,
 ) -> Tensor:
     return q.new_empty(plain.heads(q, k_cache.shape[-1]).shape)
 
