@@ -31,9 +31,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salience.kernels import fused
-from salience.kernels.fused import attention_triton, plain, rope_triton, rows_triton
+from salience.kernels.fused import argmax_triton, attention_triton, plain, rope_triton, rows_triton
 
-HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE = 32, 8, 128, 4096, 14336  # of Llama-3-8B
+HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, WORDS = 32, 8, 128, 4096, 14336, 128256  # of Llama-3-8B
 L2_BYTES = 160e6  # three times an H100's
 TOLERANCE = {torch.float16: 3e-3, torch.bfloat16: 2.4e-2}
 Call = Callable[[], Any]
@@ -141,6 +141,8 @@ def row_cases(dtype: torch.dtype, rows: int, width: int) -> list[Tensor]:
     gate, up = normal(rows, 2 * width, dtype=dtype).chunk(2, dim=-1)
     g, u = gate.double(), up.double()
     pairs += [fused.silu_mul(gate, up), F.silu(g) * u]
+    at = fused.argmax(gate)[:, None]
+    pairs += [gate.gather(1, at), g.max(-1, keepdim=True).values]
     for tanh in (False, True):
         kind = "tanh" if tanh else "none"
         pairs += [fused.gelu_mul(gate, up, tanh), F.gelu(g, approximate=kind) * u]
@@ -224,6 +226,7 @@ class Step:
         self.rows = torch.arange(batch, device="cuda")
         self.mask = (torch.arange(length, device="cuda") <= self.at[:, None])[:, None, None]
         self.scale = DIM**-0.5
+        self.logits = normal(batch, WORDS)
 
     def ours(self) -> dict[str, list[Call]]:
         norm = partial(fused.rms_norm, self.x, self.weight, 1e-5)
@@ -237,7 +240,8 @@ class Step:
             partial(fused.decode_attention, self.qkv[0], k, v, self.at, self.scale)
             for k, v in self.caches
         ]
-        return self._with_layers(norm, add_norm, silu, ropes, attentions)
+        argmax = partial(fused.argmax, self.logits)
+        return self._with_layers(norm, add_norm, silu, argmax, ropes, attentions)
 
     def theirs(self) -> dict[str, list[Call]]:
         norm = partial(plain.rms_norm, self.x, self.weight, 1e-5, 0.0, True)
@@ -245,10 +249,17 @@ class Step:
         silu = partial(plain.silu_mul, self.gate, self.up)
         ropes = [partial(self._rope, k, v) for k, v in self.caches]
         attentions = [partial(self._attention, k, v) for k, v in self.caches]
-        return self._with_layers(norm, add, silu, ropes, attentions)
+        argmax = partial(torch.argmax, self.logits, dim=-1)
+        return self._with_layers(norm, add, silu, argmax, ropes, attentions)
 
     def _with_layers(
-        self, norm: Call, add_norm: Call, silu: Call, ropes: list[Call], attentions: list[Call]
+        self,
+        norm: Call,
+        add_norm: Call,
+        silu: Call,
+        argmax: Call,
+        ropes: list[Call],
+        attentions: list[Call],
     ) -> dict[str, list[Call]]:
         def layer(rope: Call, attention: Call) -> None:
             for call in (add_norm, rope, attention, add_norm, silu):
@@ -259,6 +270,7 @@ class Step:
             "rms_norm": [norm] * 50,
             "add_rms_norm": [add_norm] * 50,
             "silu_mul": [silu] * 50,
+            "argmax": [argmax] * 50,
             "rope_update": ropes * math.ceil(50 / len(ropes)),
             "decode_attention": attentions,
             "layer": layers,
@@ -307,7 +319,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.no_pdl:
-        for module in (rows_triton, rope_triton, attention_triton):
+        for module in (argmax_triton, attention_triton, rope_triton, rows_triton):
             module.launch_options = lambda x: {"PDL": False}
     errors = correctness()
     for name, error in errors.items():

@@ -18,7 +18,7 @@ from salience.kernels import fused
 from salience.kernels.fused import plain
 
 pytest.importorskip("triton")
-from salience.kernels.fused import attention_triton, rope_triton, rows_triton
+from salience.kernels.fused import argmax_triton, attention_triton, rope_triton, rows_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Roundings that may meet: of an input's product, of a sum, of the result.
@@ -32,6 +32,7 @@ TRITON = SimpleNamespace(
     gelu_mul=rows_triton.gelu_mul,
     rope_update=rope_triton.rope_update,
     decode_attention=attention_triton.decode_attention,
+    argmax=argmax_triton.argmax,
 )
 NO_NORM = (None, None, 0.0, 0.0, True)  # the last arguments of rope_update
 Ops = ModuleType | SimpleNamespace
@@ -345,6 +346,21 @@ def test_a_cache_with_columns_apart_is_refused() -> None:
         rope_triton.rope_update(q, q, q, q[0, :1], q[0, :1], cache, cache, at, 0, False, *NO_NORM)
 
 
+@by_both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [7, 2048, 5000])
+def test_argmax(width: int, dtype: torch.dtype, ops: Ops) -> None:
+    logits = random(6, width + 3, dtype=dtype)[:, 2:-1]
+    places = [0, width - 1, width // 2, width // 3, 0, 0]
+    for row, place in enumerate(places):
+        logits[row, place] = 9
+    logits[2, place + 5 :: 2] = math.nan
+    logits[2, width // 2] = logits[3, -1] = 9  # NaN beside it, an equal behind it
+    logits[4] = -math.inf
+    logits[5] = math.nan
+    assert ops.argmax(logits).tolist() == places
+
+
 def arguments(name: str) -> tuple[object, ...]:
     """What an op of that name may be called with in a step."""
     product = random(2, 1, 8 * 16)
@@ -357,13 +373,22 @@ def arguments(name: str) -> tuple[object, ...]:
         "silu_mul": (k, v),
         "gelu_mul": (k, v, True),
         "rope_update": (q, k, v, table, table, *caches, at, 0, False, random(16), random(16)),
+        "argmax": (product[:, 0],),
         "decode_attention": (q, *caches, at, 0.25, 4, 3.0, random(4)),
     }[name]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "rope_update", "decode_attention"],
+    [
+        "rms_norm",
+        "add_rms_norm",
+        "silu_mul",
+        "gelu_mul",
+        "rope_update",
+        "decode_attention",
+        "argmax",
+    ],
 )
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.salience, name).default, arguments(name))

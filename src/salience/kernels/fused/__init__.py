@@ -193,8 +193,21 @@ def _(
     return q.new_empty(q.shape[0], heads * v_cache.shape[-1])
 
 
+@torch.library.custom_op("salience::argmax", mutates_args=())
+def argmax(logits: Tensor) -> Tensor:
+    """The index of the highest of each row of logits [batch, vocabulary], the first of equals:
+    int64 [batch]. NaN is as low as minus infinity.
+    """
+    return plain.argmax(logits)
+
+
+@argmax.register_fake
+def _(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
 if find_spec("triton") is not None and torch.cuda.is_available():
-    from salience.kernels.fused import attention_triton, rope_triton, rows_triton
+    from salience.kernels.fused import argmax_triton, attention_triton, rope_triton, rows_triton
 
     rms_norm.register_kernel("cuda", rows_triton.rms_norm)
     add_rms_norm.register_kernel("cuda", rows_triton.add_rms_norm)
@@ -202,3 +215,4 @@ if find_spec("triton") is not None and torch.cuda.is_available():
     gelu_mul.register_kernel("cuda", rows_triton.gelu_mul)
     rope_update.register_kernel("cuda", rope_triton.rope_update)
     decode_attention.register_kernel("cuda", attention_triton.decode_attention)
+    argmax.register_kernel("cuda", argmax_triton.argmax)

@@ -153,3 +153,8 @@ def _attention(
         scores = torch.cat((scores, sink), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[2]]
     return (weights @ v.float()).to(q.dtype)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """As `salience::argmax`."""
+    return logits.nan_to_num(-torch.inf, torch.inf, -torch.inf).argmax(-1)
