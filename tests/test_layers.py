@@ -39,10 +39,20 @@ LAYERS = {
     "salience.kernels._reference": 20,
     "salience.kernels._codebook": 20,
     "salience.kernels.cpu": 20,
+<<<<<<< HEAD
     "salience.kernels.choice": 18,
     "salience.kernels.mma_cuda": 19,
     "salience.kernels.wna16_triton": 19,
     "salience.kernels.gpu": 20,
+=======
+    "salience.kernels.fused._dependent": 18,
+    "salience.kernels.fused.plain": 18,
+    "salience.kernels.fused.argmax_triton": 19,
+    "salience.kernels.fused.attention_triton": 19,
+    "salience.kernels.fused.rope_triton": 19,
+    "salience.kernels.fused.rows_triton": 19,
+    "salience.kernels.fused": 20,
+>>>>>>> s4-ops
     "salience.kernels": 21,
     "salience.formats.base": 20,
     "salience.formats._awq": 19,
@@ -138,8 +148,15 @@ WRAPPERS = {
     "rich": {"salience.cli.app", "salience.cli.console"},
     "typer": {"salience.cli.app"},
     "triton": {
+<<<<<<< HEAD
         "salience.kernels.gpu",
         "salience.kernels.wna16_triton",
+=======
+        "salience.kernels.fused.argmax_triton",
+        "salience.kernels.fused.attention_triton",
+        "salience.kernels.fused.rope_triton",
+        "salience.kernels.fused.rows_triton",
+>>>>>>> s4-ops
         "salience.methods.gptq_triton",
     },
     "ray": set(),
