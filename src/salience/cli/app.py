@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from salience.cli import bench
 from salience.cli.console import (
     parse_size,
     print_json,
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app)
 
 
 # The base of what typer raises for wrong options: click's, or in newer versions its own copy of it.
