@@ -46,6 +46,18 @@ _WORTH_TRYING = (
 )
 
 
+def usual(tokens: int, columns: int, rows: int, bits: int) -> Config:
+    """What does well without having been measured: about 2048 warps, more of them one above the
+    other where x is large.
+    """
+    tiles = 2 if bits <= 4 else 1
+    deep = 16
+    while deep > 2 and (deep * rows > 2048 * TILE * tiles or columns < BLOCK * deep):
+        deep //= 2
+    high = max(1 if tokens <= 8 else 2, 8 // deep)
+    return Config(tiles=tiles, high=high, deep=min(deep, 8) if tokens > 8 else deep)
+
+
 class Mma:
     """The variant for few tokens on NVIDIA GPUs."""
 
@@ -92,7 +104,7 @@ class Mma:
         **options: int,
     ) -> Tensor:
         """x [tokens, in] half-precision times a packed weight: [tokens, out]; options of Config."""
-        config = Config(**options)
+        config = Config(**options) if options else usual(len(x), x.shape[1], out_features, bits)
         words, scales, zeros = packed
         columns, index = x.shape[1], x.device.index
         if columns % 8 or x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:
