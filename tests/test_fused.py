@@ -84,6 +84,9 @@ def test_rms_norm_of_heads(dtype: torch.dtype, ops: Ops) -> None:
     for x in (product[:, 96:288].view(3, 4, 48), product.view(3, 1, 10, 48).transpose(1, 2)[:, 2:]):
         found = ops.rms_norm(x, weight, 1e-6, 0.0, True)
         assert found.is_contiguous()
+        other = random(*x.shape[:-1], 64, dtype=dtype)[..., 16:]
+        _, total = ops.add_rms_norm(x, other, weight, 1e-6, 0.0, True)
+        close(total, x.double() + other.double())
         close(found, norm64(x, weight, 1e-6, 0.0))
 
 
@@ -273,9 +276,14 @@ def test_decode_attention(case: dict[str, object], dtype: torch.dtype, ops: Ops)
 
 
 @pytest.mark.parametrize("splits", [1, 4])
-def test_decode_attention_cut_or_whole(splits: int) -> None:
+@pytest.mark.parametrize("positions", [[69, 16], [31, 15]])
+def test_decode_attention_cut_or_whole(
+    positions: list[int], splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces without keys leave nothing behind; what was in the scratch is not taken for theirs."""
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: torch.full(shape, math.nan, **how))
     attention = partial(attention_triton.decode_attention, splits=splits, keys=16)
-    attended(attention, length=70, positions=[69, 16], group=4, sinks=True)
+    attended(attention, length=70, positions=positions, group=4, sinks=True)
 
 
 @pytest.mark.slow
