@@ -104,13 +104,13 @@ def rope_update(
     k_cache: Tensor,
     v_cache: Tensor,
     positions: Tensor,
-    rotary_dim: int,
-    interleaved: bool,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    eps: float,
-    offset: float,
-    cast_first: bool,
+    rotary_dim: int = 0,
+    interleaved: bool = False,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    cast_first: bool = True,
 ) -> Tensor:
     """As `salience::rope_update`."""
     dim, values, length = k_cache.shape[-1], v_cache.shape[-1], k_cache.shape[2]

@@ -76,7 +76,9 @@ def _gate(
     tl.store(y + row * width + column, (active * u).to(y.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool) -> Tensor:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, cast_first: bool = True
+) -> Tensor:
     """As `salience::rms_norm`."""
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _normed(x, None, weight, y, y, eps, offset, cast_first)
@@ -84,7 +86,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, cast_first: b
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, cast_first: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float = 0.0,
+    cast_first: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """As `salience::add_rms_norm`."""
     y, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
