@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from main_job import machine, salience
+from main_job import salience
 from rich.console import Console
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
@@ -35,7 +35,7 @@ from salience.checkpoint import (
 )
 from salience.formats import detect_format, get_format
 from salience.gguf_exchange import open_modelled
-from salience.machine import peak_rss_bytes
+from salience.machine import describe, peak_rss_bytes
 from salience.report import versions
 from salience.scheme import Scheme
 from salience.writer import ShardWriter
@@ -159,7 +159,7 @@ def main() -> None:
             "peak_rss_gib": round(done["peak_rss_bytes"] / 2**30, 3),
             "linears_compared_equal": compare(source, out),
             "versions": versions(),
-            "machine": machine(),
+            "machine": describe(),
         }
     text = json.dumps(result, indent=1)
     if args.out:

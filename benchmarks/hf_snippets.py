@@ -17,7 +17,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from main_job import machine, salience
+from main_job import salience
+
+from salience.machine import describe
 
 OTHERS = ("gptqmodel", "auto_gptq", "optimum", "awq")  # the last is AutoAWQ
 ENABLE = """\
@@ -99,7 +101,7 @@ def main() -> int:
     for result in results:
         print(f"{result['format']}: {result['reply']}")
     if args.out is not None:
-        told = {"model": args.model, "prompt": args.prompt, "machine": machine()}
+        told = {"model": args.model, "prompt": args.prompt, "machine": describe()}
         told |= {"snippet": ENABLE + SNIPPET, "results": results}
         args.out.write_text(json.dumps(told, indent=2) + "\n")
     failed = any(not r["same_reply"] or any(r["importable"].values()) for r in results)

@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import torch
-from main_job import machine
 from rich.console import Console
 
 import salience
 from salience.evaluation.perplexity import perplexity
+from salience.machine import describe
 from salience.source import open_source
 
 ROWS = (("gptq", "fast"), ("awq", "fast"), ("awq", "balanced"))
@@ -77,7 +77,7 @@ def main() -> None:
                 Console(stderr=True).print(
                     f"{method} {effort} {scheme}: {result.perplexity:.3f}, {took:.1f} s ({phases})"
                 )
-                made = {"rows": rows, "machine": machine(), "options": {"samples": args.samples}}
+                made = {"rows": rows, "machine": describe(), "options": {"samples": args.samples}}
                 if args.out:
                     args.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 

@@ -11,7 +11,6 @@ half evaluate.
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from salience.machine import describe
 
 stderr = Console(stderr=True)
 
@@ -141,7 +142,7 @@ def run(args: argparse.Namespace, folder: Path) -> None:
             "plan": plan,
             "rows": rows,
             "reply": answer,
-            "machine": machine(),
+            "machine": describe(),
             "options": {
                 key: Path(value).name if isinstance(value, str) else value
                 for key, value in vars(args).items()
@@ -150,21 +151,6 @@ def run(args: argparse.Namespace, folder: Path) -> None:
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-
-
-def machine() -> dict[str, Any]:
-    import torch
-    import transformers
-
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "gpu": gpu,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 if __name__ == "__main__":

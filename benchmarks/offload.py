@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from large_model import SHAPES, make
-from main_job import machine
 from rich.console import Console
 
 import salience
+from salience.bench.shapes import SHAPES, shape_config, write_checkpoint
+from salience.machine import describe
 from salience.placement import input_device, resolve_device
 
 TOKENS = 128
@@ -84,7 +84,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         floats, folder = Path(name) / "float", Path(name) / "packed"
         floats.mkdir()
-        make(SHAPES[args.shape], floats, args.layers)
+        config = shape_config(args.shape, args.layers)
+        write_checkpoint(config, floats, resolve_device("auto"))
         salience.quantize(str(floats), folder, method="rtn", scheme=args.scheme)
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         console.print(f"made {size / 2**30:.1f} GiB")
@@ -100,7 +101,7 @@ def main() -> None:
         reference, limit = None, 0
         for way, options in ways.items():
             if options.get("device_map") == "some disk":
-                blocks = args.layers or SHAPES[args.shape]["num_hidden_layers"]
+                blocks = config.num_hidden_layers
                 third = {i: ("cpu", "disk", 0)[3 * i // blocks] for i in range(blocks)}
                 options["device_map"] = {
                     "": 0,
@@ -121,7 +122,7 @@ def main() -> None:
             console.print(row)
     result = {"shape": args.shape, "layers": args.layers, "scheme": args.scheme}
     result |= {"kernel": args.kernel, "tokens": TOKENS, "checkpoint_bytes": size}
-    result |= {"limit_bytes": limit, "rows": rows, "machine": machine()}
+    result |= {"limit_bytes": limit, "rows": rows, "machine": describe()}
     print(json.dumps(result, indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -44,7 +44,9 @@ def test_the_check_sees_a_heavy_import() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["plan"], ["quantize"], ["inspect"], ["eval"], ["chat"], ["report"]], ids=str
+    "command",
+    [[], ["plan"], ["quantize"], ["inspect"], ["eval"], ["chat"], ["report"], ["bench"]],
+    ids=str,
 )
 def test_help_is_light(command: list[str]) -> None:
     program = f"""

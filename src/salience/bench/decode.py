@@ -32,8 +32,9 @@ from salience.errors import SalienceError
 from salience.linear import QuantLinear
 from salience.loading import load_source
 from salience.machine import describe, release_memory
+from salience.recipe import Recipe
 from salience.runtime import Engine, Sampling
-from salience.scheme import Scheme
+from salience.runtime.cache import padded
 from salience.source import Source, skeleton
 
 Progress = Callable[[str, int, int], None]
@@ -155,7 +156,7 @@ class Shape:
 
     Args:
         name: of the shape.
-        scheme: of its blocks.
+        recipe: the schemes of its linears.
         layers: how many blocks, None for all.
         dense: whether the float model is wanted too.
 
@@ -163,24 +164,24 @@ class Shape:
         SalienceError: an unknown shape.
     """
 
-    def __init__(self, name: str, scheme: Scheme, layers: int | None, dense: bool) -> None:
-        self.name, self.scheme, self.layers, self.dense = name, scheme, layers, dense
+    def __init__(self, name: str, recipe: Recipe, layers: int | None, dense: bool) -> None:
+        self.name, self.recipe, self.dense = name, recipe, dense
         self.config = shape_config(name, layers)
 
     def check(self, task: Task, dtype: torch.dtype | None, device: torch.device) -> None:
         kind = _dtype(dtype, device)
         model = skeleton(self.config, kind, self.name)
-        cache = max(task.batches) * task.length * cache_bytes(self.config, kind)
-        for scheme in (self.scheme, *([None] if self.dense else [])):
-            weights, beside = needed_bytes(model, scheme, kind, device)
-            what = f"{self.name} in {scheme or str(kind).removeprefix('torch.')}"
+        cache = max(task.batches) * padded(task.length + 1) * cache_bytes(self.config, kind)
+        for recipe in (self.recipe, *([None] if self.dense else [])):
+            weights, beside = needed_bytes(model, recipe, kind, device)
+            what = f"{self.name} in {recipe.scheme if recipe else _name(kind)}"
             mend = "use a smaller --batch, fewer --layers or another --shape"
             require_memory(weights + max(beside, cache), device, what, mend)
 
     def load(self, dense: bool, dtype: torch.dtype | None, device: torch.device) -> Any:
         kind = _dtype(dtype, device)
         model = skeleton(self.config, kind, self.name)
-        return build(model, None if dense else self.scheme, kind, device)
+        return build(model, None if dense else self.recipe, kind, device)
 
 
 class Stored:
@@ -274,7 +275,7 @@ class _Variant:
     def run(self, batch: int) -> None:
         """Measure a batch."""
         task = self.task
-        cache = batch * task.length * self.resident.token
+        cache = batch * padded(task.length + 1) * self.resident.token
         mend = "use a smaller --batch or --context"
         require_memory(cache, self.device, f"the cache of batch {batch}", mend)
         _reset_peak(self.device)
@@ -299,10 +300,8 @@ class _Variant:
 
     def result(self) -> Variant:
         """All that was found."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return Variant(
-            self.name, dtype, self.load_seconds, self.load_peak, self.resident, self.rows
-        )
+        sizes = (self.load_seconds, self.load_peak, self.resident)
+        return Variant(self.name, _name(self.dtype), *sizes, self.rows)
 
     def _by_engine(self, batch: int) -> tuple[float, float, float, bool]:
         task = self.task
@@ -374,6 +373,10 @@ def _steady(stamps: Sequence[_Stamp], batch: int, new: int) -> tuple[float, floa
 
 def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     return dtype or (torch.float32 if device.type == "cpu" else torch.float16)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _wait(device: torch.device) -> None:

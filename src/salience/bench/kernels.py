@@ -95,18 +95,24 @@ class Table:
         ran = {name for row in self.rows for name in row.seconds}
         return [each.name for each in candidates() if each.name in ran]
 
-    def ratio(self, peer: str) -> float | None:
+    def peers(self) -> list[str]:
+        """Those that are not ours and ran where what `auto` chooses did."""
+        both = [row for row in self.rows if row.auto in row.seconds]
+        ours = {each.name for each in candidates() if each.ours}
+        return [n for n in self.kernels() if n not in ours and any(n in r.seconds for r in both)]
+
+    def ratio(self, peer: str) -> float:
         """Time of what `auto` chooses over a peer's, the geometric mean of where both ran."""
         logs = [
             math.log(row.seconds[row.auto] / row.seconds[peer])
             for row in self.rows
             if peer in row.seconds and row.auto in row.seconds
         ]
-        return math.exp(sum(logs) / len(logs)) if logs else None
+        return math.exp(sum(logs) / len(logs))
 
     def as_json(self) -> dict[str, Any]:
         """With device, versions and date; times in seconds."""
-        against = {name: self.ratio(name) for name in self.kernels()}
+        against = {name: self.ratio(name) for name in self.peers()}
         return {**asdict(self), "auto_over": against, "machine": describe()}
 
 

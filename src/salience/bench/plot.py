@@ -41,13 +41,11 @@ def draw(panels: Sequence[Panel], xlabel: str, ylabel: str, path: Path, level: b
         level: draw a line at 1, where a kernel would be at its floor.
 
     Raises:
-        SalienceError: matplotlib is not installed, or the file cannot be written.
+        SalienceError: the file cannot be written.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import FuncFormatter, NullFormatter
-    except ImportError:
-        raise SalienceError("--plot needs matplotlib; pip install matplotlib") from None
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
     columns = min(_COLUMNS, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(_WIDTH * columns, _HEIGHT * rows + 0.5), layout="constrained")

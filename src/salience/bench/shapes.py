@@ -25,7 +25,7 @@ from salience.errors import SalienceError
 from salience.linear import QuantEmbedding, QuantLinear, packed_bytes
 from salience.loading import set_tensor
 from salience.machine import free_disk_bytes, release_memory
-from salience.modules import bias_of, codable, find_blocks, kept, linears, weight_of
+from salience.modules import bias_of, codable, find_blocks, kept, weight_of
 from salience.recipe import Recipe
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import config_of, skeleton
@@ -138,32 +138,36 @@ def shape_config(name: str, layers: int | None = None) -> Any:
 
 
 def needed_bytes(
-    model: Any, scheme: Scheme | None, dtype: torch.dtype, device: torch.device
+    model: Any, recipe: Recipe | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[float, float]:
     """What a skeleton will take on a device: its weights, and while they are made beside them.
 
     Args:
         model: on meta.
-        scheme: of the linears in its blocks; None leaves them float.
+        recipe: the schemes of its linears; None leaves all float.
         dtype: of everything float.
         device: where it is to be.
 
     Raises:
         SalienceError: a scheme that does not fit.
     """
-    schemes = _schemes(model, scheme)
-    known: dict[tuple[int, int], int] = {}
-    weights = 0.0
-    for name, each in schemes.items():
-        rows, columns = weight_of(model.get_submodule(name)).shape
-        if (rows, columns) not in known:
-            known[rows, columns] = packed_bytes(each, (rows, columns), device)
-        weights += known[rows, columns]
+    schemes = _schemes(model, recipe)
+    known: dict[object, int] = {}
+    weights = largest = 0.0
+    for name, scheme in schemes.items():
+        module = model.get_submodule(name)
+        rows, columns = weight_of(module).shape
+        embeds = isinstance(module, nn.Embedding)
+        key = (rows, columns, scheme, embeds)
+        if key not in known:
+            kernel = None if embeds else "auto"
+            known[key] = packed_bytes(scheme, (rows, columns), device, kernel)
+        weights += known[key]
+        largest = max(largest, rows * columns)
     packed = {f"{name}.weight" for name in schemes}
     for names, parameter in _parameters(model):
         if names[0] not in packed:
             weights += parameter.numel() * dtype.itemsize
-    largest = max((rows * columns for rows, columns in known), default=0)
     return weights, _PACKING_BYTES * largest
 
 
@@ -211,12 +215,12 @@ def cache_bytes(config: Any, dtype: torch.dtype) -> float:
     return 2.0 * text.num_hidden_layers * heads * size * dtype.itemsize
 
 
-def build(model: Any, scheme: Scheme | None, dtype: torch.dtype, device: torch.device) -> Any:
+def build(model: Any, recipe: Recipe | None, dtype: torch.dtype, device: torch.device) -> Any:
     """Fill a skeleton with random weights on a device, block by block.
 
     Args:
         model: of `salience.source.skeleton`, in `dtype`; it is filled in place.
-        scheme: of the linears in the blocks; None leaves them float.
+        recipe: the schemes of its linears; None leaves all float.
         dtype: of everything float.
         device: where it is made and stays.
 
@@ -226,18 +230,16 @@ def build(model: Any, scheme: Scheme | None, dtype: torch.dtype, device: torch.d
     Raises:
         SalienceError: a scheme that does not fit.
     """
-    made: dict[object, QuantLinear] = {}
-    for name, each in _schemes(model, scheme).items():
-        linear = model.get_submodule(name)
-        rows, columns = weight_of(linear).shape
-        has_bias = bias_of(linear) is not None
-        key = (rows, columns, has_bias)
+    made: dict[object, nn.Module] = {}
+    for name, scheme in _schemes(model, recipe).items():
+        module = model.get_submodule(name)
+        embeds = isinstance(module, nn.Embedding)
+        rows, columns = weight_of(module).shape
+        key = (rows, columns, bias_of(module) is not None, scheme, embeds)
         if key in made:
             packed = copy.deepcopy(made[key])
         else:
-            bias = torch.zeros(rows, dtype=dtype, device=device) if has_bias else None
-            packed = QuantLinear(random_weight(columns, rows, each, device), bias, dtype=dtype)
-            made[key] = packed
+            packed = made[key] = _packed(module, scheme, dtype, device)
         model.set_submodule(name, packed)
     for names, parameter in _parameters(model):
         value = torch.empty(parameter.shape, dtype=dtype, device=device)
@@ -324,20 +326,34 @@ def _parameters(model: nn.Module) -> list[tuple[list[str], nn.Parameter]]:
     return list(found.values())
 
 
-def _schemes(model: Any, scheme: Scheme | None) -> dict[str, Scheme]:
-    """The linears of the blocks, each with the scheme, which must fit all of them."""
-    if scheme is None:
+def _packed(
+    module: nn.Module, scheme: Scheme, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """A linear or embedding of random codes, as large as this one."""
+    rows, columns = weight_of(module).shape
+    qt = random_weight(columns, rows, scheme, device)
+    if isinstance(module, nn.Embedding):
+        return QuantEmbedding(qt, dtype)
+    has_bias = bias_of(module) is not None
+    bias = torch.zeros(rows, dtype=dtype, device=device) if has_bias else None
+    return QuantLinear(qt, bias, dtype=dtype)
+
+
+def _schemes(model: Any, recipe: Recipe | None) -> dict[str, Scheme]:
+    """What is packed, with the scheme of each, which must fit it."""
+    if recipe is None:
         return {}
-    prefix, blocks = find_blocks(model)
-    columns = {weight_of(linear).shape[1] for linear in linears(blocks).values()}
-    for count in columns:
-        if count % scheme.group_columns(count):
-            fit = [f"w{scheme.bits}g{size}" for size in fitting_group_sizes(columns)]
+    modules = codable(model)
+    schemes = recipe.resolve(list(modules), find_blocks(model)[0], kept(model))
+    columns = {name: weight_of(modules[name]).shape[1] for name in schemes}
+    for name, scheme in schemes.items():
+        if columns[name] % scheme.group_columns(columns[name]):
+            fit = [f"w{scheme.bits}g{size}" for size in fitting_group_sizes(set(columns.values()))]
             raise SalienceError(
-                f"group size {scheme.group_size} does not divide the {count} inputs of a linear; "
-                f"schemes that fit: {', '.join(fit) or f'w{scheme.bits}channel'}"
+                f"group size {scheme.group_size} does not divide the {columns[name]} inputs of "
+                f"{name}; schemes that fit: {', '.join(fit) or f'w{scheme.bits}channel'}"
             )
-    return Recipe(scheme).resolve(list(codable(model)), prefix, kept(model))
+    return schemes
 
 
 def _write_tokenizer(folder: Path) -> None:

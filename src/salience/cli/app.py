@@ -13,6 +13,7 @@ from rich.table import Table
 
 from salience.cli import bench
 from salience.cli.console import (
+    parse_rules,
     parse_size,
     print_json,
     progress_bar,
@@ -177,7 +178,7 @@ def plan(
     skeleton = source.skeleton()
     recipe = Recipe(
         Scheme.parse(default_scheme(name) if scheme is None else scheme),
-        _rules(rule),
+        parse_rules(rule),
         tuple(skip or ()),
         tuple(only or ()),
     )
@@ -272,7 +273,7 @@ def quantize(
             effort=effort and effort.value,
             act_order=act_order,
             scheme=scheme,
-            rules=_rules(rule),
+            rules=parse_rules(rule),
             skip=tuple(skip or ()),
             only=tuple(only or ()),
             format=format and format.value,
@@ -316,16 +317,6 @@ def quantize(
         some, count = report.kept_modules[:3], len(report.kept_modules)
         more = f" and {count - len(some)} more" if count > len(some) else ""
         stdout.print(escape(f"stayed float: {', '.join(some)}{more}"))
-
-
-def _rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:
-    rules = []
-    for text in texts or ():
-        pattern, equals, scheme = text.rpartition("=")
-        if not equals:
-            raise SalienceError(f'--rule {text!r} is not understood; write it "REGEX=SCHEME"')
-        rules.append((pattern, Scheme.parse(scheme)))
-    return tuple(rules)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import json as json_module
 from enum import Enum
+from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,8 +11,17 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from salience.cli.console import parse_size, print_json, progress_bar, size, stderr, stdout
+from salience.cli.console import (
+    parse_rules,
+    parse_size,
+    print_json,
+    progress_bar,
+    size,
+    stderr,
+    stdout,
+)
 from salience.errors import SalienceError
+from salience.recipe import Recipe
 from salience.scheme import Scheme
 
 if TYPE_CHECKING:
@@ -121,6 +131,10 @@ def decode(
     scheme: Annotated[
         str | None, typer.Option("--scheme", help="With --shape (default w4g128).")
     ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option("--rule", help='With --shape: "REGEX=SCHEME" for some, as of quantize.'),
+    ] = None,
     batch: Annotated[
         str, typer.Option("--batch", help="Sequences at once, each measured.")
     ] = "1,4,16,64",
@@ -146,9 +160,9 @@ def decode(
     json: JsonOption = False,
 ) -> None:
     """Time the generation of tokens by MODEL, or by random weights of a --shape."""
-    _one_of(model, shape, layers, scheme)
+    _one_of(model, shape, layers is None and scheme is None and not rule)
     batches = _numbers("--batch", batch)
-    wanted = Scheme.parse(scheme or "w4g128")
+    recipe = Recipe(Scheme.parse(scheme or "w4g128"), parse_rules(rule))
     _check_files(out, plot)
     from salience.bench.decode import Shape, Stored, Task, bench_decode
     from salience.placement import resolve_device
@@ -157,7 +171,7 @@ def decode(
     place = resolve_device(device)
     task = Task(batches, prompt, new, context)
     subject = (
-        Shape(shape, wanted, layers, dense or transformers)
+        Shape(shape, recipe, layers, dense or transformers)
         if shape is not None
         else Stored(open_source(str(model), trust_remote_code))
     )
@@ -193,7 +207,7 @@ def quantize(
     json: JsonOption = False,
 ) -> None:
     """Time the phases of quantizing MODEL or random weights of a --shape; nothing is kept."""
-    _one_of(model, shape, layers, None)
+    _one_of(model, shape, layers is None)
     cap = parse_size(max_memory)
     _check_files(out, None)
     from salience.bench.quantize import bench_quantize
@@ -228,46 +242,54 @@ def quantize(
 def _show_kernels(result: "KernelTable") -> None:
     _show_rates(result.rates)
     names = result.kernels()
-    columns = ("scheme", "in x out", "tokens", "floor", *names, "auto / floor")
-    table = Table(*columns, title=f"microseconds a call, {result.dtype} on {result.device}")
+    table = Table(title=f"microseconds a call, {result.dtype} on {result.device}")
+    for column in ("in x out", "tokens", "floor", *names, "auto / floor"):
+        table.add_column(column, justify="left" if column == "in x out" else "right", no_wrap=True)
+    scheme = ""
     for row in result.rows:
+        if row.scheme != scheme:
+            scheme = row.scheme
+            table.add_section()
+            table.add_row(f"[bold]{scheme}[/bold]")
         texts = [_text(row.seconds.get(name), 1e6) for name in names]
-        shape = f"{row.columns} x {row.rows}"
         if row.auto in names:
             texts[names.index(row.auto)] = f"[bold]{texts[names.index(row.auto)]}[/bold]"
         ratio = _text(row.over_floor(row.auto), 1, 2)
-        table.add_row(row.scheme, shape, str(row.tokens), _text(row.floor, 1e6), *texts, ratio)
+        shape = f"{row.columns}x{row.rows}"
+        table.add_row(shape, str(row.tokens), _text(row.floor, 1e6), *texts, ratio)
     stdout.print(table)
-    for name in names:
-        times = result.ratio(name)
-        if times is not None:
-            stdout.print(f"auto takes {times:.2f} times as long as {name} (geometric mean)")
+    for name in result.peers():
+        stdout.print(
+            f"auto takes {result.ratio(name):.2f} times as long as {name} (geometric mean)"
+        )
 
 
 def _show_decode(result: "Decoding") -> None:
     _show_rates(result.rates)
-    title = f"{escape(result.model)} on {result.device}: {result.prompt} + {result.new} tokens"
-    columns = ("", "batch", "prefill s", "prefill tokens/s", "ms a step", "tokens/s")
-    table = Table(*columns, "of bandwidth", "memory", "weights + cache", title=title)
+    table = Table(title=f"{escape(result.model)}: {result.prompt} + {result.new} tokens")
+    for column in ("", "batch", "prompt/s", "ms a step", "tokens/s", "floor", "memory", "least"):
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     for variant in result.variants:
         for row in variant.rows:
             table.add_row(
-                f"{variant.name} {variant.dtype}",
+                variant.name,
                 str(row.batch),
-                f"{row.prefill_seconds:.3f}",
                 f"{row.prefill_tokens_per_second:.0f}",
-                f"{row.step_seconds * 1e3:.2f}{' *' if row.interleaved else ''}",
+                f"{row.step_seconds * 1e3:.2f}{'*' if row.interleaved else ''}",
                 f"{row.tokens_per_second:.1f}",
                 f"{row.share:.0%}",
                 size(row.peak_bytes),
                 size(row.predicted_bytes),
             )
     stdout.print(table)
+    stdout.print(
+        "floor: what reading the weights and the cache once takes of a step; least: both of them"
+    )
     if any(row.interleaved for variant in result.variants for row in variant.rows):
-        stdout.print("* replies were done before the last prompt was in; use more --new tokens")
-    for variant in result.variants:
-        held = size(variant.resident.weights)
-        stdout.print(f"{variant.name}: {held}, loaded in {variant.load_seconds:.1f} s")
+        stdout.print("*: replies ended before the last prompt was in; use more --new tokens")
+    for each in result.variants:
+        held = size(each.resident.weights)
+        stdout.print(f"{each.name} {each.dtype}: {held}, loaded in {each.load_seconds:.1f} s")
     first, *others = result.variants
     for other in others:
         ratios = [(row.batch, result.ratio(other, row)) for row in first.rows]
@@ -316,18 +338,20 @@ def _finish(values: dict[str, Any], out: Path | None, json: bool) -> None:
         out.write_text(json_module.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _check_files(*paths: Path | None) -> None:
-    """Refuse a file that cannot be made, before the hour it takes to have something to put in."""
-    for path in paths:
+def _check_files(out: Path | None, plot: Path | None) -> None:
+    """Refuse a file that cannot be made, before there is something to put in it."""
+    if plot is not None and find_spec("matplotlib") is None:
+        raise SalienceError("--plot needs matplotlib; pip install matplotlib")
+    for path in (out, plot):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise SalienceError(f"{path} cannot be written; name a file in a folder that is there")
 
 
-def _one_of(model: str | None, shape: str | None, layers: int | None, scheme: str | None) -> None:
+def _one_of(model: str | None, shape: str | None, plain: bool) -> None:
     if (model is None) == (shape is None):
         raise SalienceError("name a MODEL or a --shape, one of them")
-    if model is not None and (layers is not None or scheme is not None):
-        raise SalienceError("--layers and --scheme of a MODEL are its own; leave them out")
+    if model is not None and not plain:
+        raise SalienceError("--layers, --scheme and --rule are for a --shape; MODEL has its own")
 
 
 def _schemes(texts: list[str] | None) -> list[Scheme]:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from salience.errors import SalienceError
+from salience.scheme import Scheme
 
 stdout = Console(highlight=False, soft_wrap=True)
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -81,3 +82,18 @@ def parse_size(text: str | None) -> int | None:
     if match is None or not float(match[1]):
         raise SalienceError(f"size {text!r} is not understood; write it like 8GiB or 500MB")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def parse_rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:
+    """The (pattern, scheme) pairs of texts such as "lm_head=w8g128".
+
+    Raises:
+        SalienceError: one is no such text.
+    """
+    rules = []
+    for text in texts or ():
+        pattern, equals, scheme = text.rpartition("=")
+        if not equals:
+            raise SalienceError(f'--rule {text!r} is not understood; write it "REGEX=SCHEME"')
+        rules.append((pattern, Scheme.parse(scheme)))
+    return tuple(rules)
