@@ -173,6 +173,19 @@ def _of_rows(values, tile, group, groups, TILES: tl.constexpr):
     return tl.load(values + at), tl.load(values + at + 1)
 
 
+@triton.jit
+def _of_block(
+    zeros, scales, tile, block, groups, group_size, CHUNK: tl.constexpr, TILES: tl.constexpr
+):
+    """Of each chunk of a block: zeros and scales of rows g and g + 8, four tensors."""
+    found = ()
+    for i in tl.static_range(128 // CHUNK):
+        group = tl.minimum((block * 128 + CHUNK * i) // group_size, groups - 1)
+        found = found + _of_rows(zeros, tile, group, groups, TILES)
+        found = found + _of_rows(scales, tile, group, groups, TILES)
+    return found
+
+
 @triton.jit(do_not_specialize=["tokens", "groups", "part_size"])
 def _multiply(
     x, words, scales, zeros, y, tokens, out, columns, groups, stride, part_size, group_size,
@@ -189,23 +202,23 @@ def _multiply(
     at_token = token.to(tl.int64)[:, None] * stride
     blocks = tl.cdiv(columns, 128)
     total = tl.zeros((TILES, 2, 8, TOKENS // 8, 4, 2), dtype=tl.float32)
+    # Too narrow for asynchronous copies, so they are read one block ahead.
+    ahead = _of_block(zeros, scales, tile, part * EACH, groups, group_size, CHUNK, TILES)
     for step in tl.range(0, EACH, num_stages=STAGES):
         block = part * EACH + step  # one beyond the last meets an x of 0
         packed = _words(words, tile, tl.minimum(block, blocks - 1), blocks, TILES, BITS)
+        here = ahead
+        ahead = _of_block(zeros, scales, tile, block + 1, groups, group_size, CHUNK, TILES)
         for i in tl.static_range(128 // CHUNK):
-            first = block * 128 + CHUNK * i
-            group = tl.minimum(first // group_size, groups - 1)
-            zero_a, zero_b = _of_rows(zeros, tile, group, groups, TILES)
-            scale_a, scale_b = _of_rows(scales, tile, group, groups, TILES)
-            column = first + tl.arange(0, CHUNK)
+            column = block * 128 + CHUNK * i + tl.arange(0, CHUNK)
             some = tl.load(
                 x + at_token + column[None, :],
                 mask=inside & (column < columns)[None, :],
                 other=0.0,
             )
             weight = _weight(
-                packed, _zeros2(zero_a.to(tl.int32), BITS, KIND),
-                _zeros2(zero_b.to(tl.int32), BITS, KIND),
+                packed, _zeros2(here[4 * i].to(tl.int32), BITS, KIND),
+                _zeros2(here[4 * i + 1].to(tl.int32), BITS, KIND),
                 CHUNK // 16 * i, CHUNK // 16, TILES, BITS, KIND,
             )  # fmt: skip
             some = tl.trans(some)
@@ -219,7 +232,7 @@ def _multiply(
                 sums = tl.dot(weight, high.to(weight.dtype), sums, input_precision="ieee")
             else:
                 sums = tl.dot(weight, some.to(weight.dtype), input_precision="ieee")
-            scale = tl.join(scale_a.to(tl.float32), scale_b.to(tl.float32))
+            scale = tl.join(here[4 * i + 2].to(tl.float32), here[4 * i + 3].to(tl.float32))
             scale = tl.permute(scale, (2, 3, 1, 0))[:, :, :, None, :, None]
             total += tl.reshape(sums, (TILES, 2, 8, TOKENS // 8, 4, 2)) * scale
     row = tile * 16 + tl.arange(0, 16 * TILES)
