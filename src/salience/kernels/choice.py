@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from salience.errors import StorageError
 from salience.kernels._fragments import BLOCK, ROWS, TILE
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
@@ -121,8 +122,8 @@ def _distance(a: Shape, b: Shape) -> float:
 
 def cache_folder() -> Path:
     """Where a user's own tables are: as the XDG standard says."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if base else Path.home() / ".cache") / "salience" / "kernels"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "salience", "kernels")
 
 
 def _file_name(gpu: str) -> str:
@@ -139,7 +140,7 @@ def _table(gpu: str) -> tuple[Entry, ...]:
 def _read(path: Path) -> list[Entry]:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, UnicodeDecodeError) as error:
         return _ignored(path, error)
@@ -272,15 +273,23 @@ def save(gpu: str, entries: Sequence[Entry], folder: Path | None = None) -> Path
 
     Returns:
         The file written.
+
+    Raises:
+        StorageError: the folder cannot be written.
     """
     path = (folder or cache_folder()) / _file_name(gpu)
     fresh = {entry.shape for entry in entries}
     kept = [entry for entry in _read(path) if entry.shape not in fresh]
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(f"  {json.dumps(_raw(entry))}" for entry in (*kept, *entries))
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(f'{{"gpu": {json.dumps(gpu)},\n "entries": [\n{rows}\n]}}\n', "utf-8")
-    partial.replace(path)
+    text = f'{{"gpu": {json.dumps(gpu)},\n "entries": [\n{rows}\n]}}\n'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        line = f"cannot write {path} ({error.strerror}); set XDG_CACHE_HOME to a folder that can be"
+        raise StorageError(line) from error
     _table.cache_clear()
     return path
 
