@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from salience import grid, kernels
-from salience.errors import SalienceError
+from salience.errors import SalienceError, StorageError
 from salience.kernels import choice, gpu
 from salience.kernels.choice import Entry, Shape, Timed
 from salience.linear import QuantLinear
@@ -113,6 +113,12 @@ def test_opcheck() -> None:
     torch.library.opcheck(kernels.qmm, (x, packed, "gpu", 4, -1, 16))
 
 
+def test_what_it_does_not_multiply() -> None:
+    packed = gpu.Gpu().pack(quantized())
+    with pytest.raises(SalienceError, match=r"multiplies fp16, bf16 and fp32, not torch\.float64"):
+        gpu.Gpu().matmul(torch.zeros(1, 160, dtype=torch.float64), packed, 4, 32, 80)
+
+
 def test_rows_dequantized_in_steps() -> None:
     pytest.importorskip("triton")
     qt = quantized("w4g32", rows=150)
@@ -174,6 +180,13 @@ def test_saving_keeps_other_shapes_and_the_users_go_first(cache: Path) -> None:
     assert {e["columns"] for e in json.loads(path.read_text())["entries"]} == {2048, 4096}
     assert names(Shape(4, 128, 8192, 4096, torch.float16), 1)[0] == "ours wide"
     assert sorted(cache.iterdir()) == [path]
+
+
+def test_a_cache_that_cannot_be_written(cache: Path) -> None:
+    cache.parent.parent.mkdir(exist_ok=True)
+    cache.parent.write_text("a file")
+    with pytest.raises(StorageError, match=r"cannot write .*; set XDG_CACHE_HOME"):
+        choice.save(GPU, [entry(t1=("any", 1))])
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 CASES = [
     (4, 128, 80, 256, 1, torch.float16, torch.float16, 2, 4),
     (4, 32, 65, 160, 5, torch.bfloat16, torch.float16, 1, 4),
-    (4, 64, 128, 640, 3, torch.float16, torch.bfloat16, 3, 8),
+    (4, 64, 128, 384, 3, torch.float16, torch.bfloat16, 3, 8),
     (3, 128, 64, 384, 17, torch.bfloat16, torch.bfloat16, 0, 4),
     (3, -1, 33, 50, 2, torch.float32, torch.float16, 0, 4),
     (2, 64, 64, 192, 70, torch.float16, torch.float16, 2, 4),
@@ -91,11 +91,11 @@ def test_multiply(case: tuple) -> None:
     check(multiply(x, qt, split, tiles), x, qt)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     bits=st.sampled_from(_fragments.BITS),
     group_size=st.sampled_from([32, 64, 96, 128, -1]),
-    rows=st.integers(1, 140),
+    rows=st.integers(1, 80),
     groups=st.integers(1, 3),
     tokens=st.integers(1, 40),
     dtype=st.sampled_from(list(TOLERANCE)),
@@ -123,8 +123,8 @@ def test_no_tokens() -> None:
 
 
 def test_the_same_bits_each_time() -> None:
-    qt, x = weight(3, 32, 70, 512), activations(4, 512, torch.float32)
-    assert torch.equal(multiply(x, qt, split=4), multiply(x, qt, split=4))
+    qt, x = weight(3, 32, 64, 256), activations(4, 256, torch.float32)
+    assert torch.equal(multiply(x, qt, split=2), multiply(x, qt, split=2))
 
 
 def test_one_token_is_as_among_others() -> None:

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from salience.errors import StorageError
 from salience.kernels._fragments import BLOCK, ROWS, TILE
 from salience.machine import cache_folder
 
@@ -120,6 +121,15 @@ def _distance(a: Shape, b: Shape) -> float:
     return sides + _OTHER_GROUP * (a.group_size != b.group_size) + 0.1 * (a.dtype != b.dtype)
 
 
+<<<<<<< HEAD
+=======
+def cache_folder() -> Path:
+    """Where a user's own tables are: as the XDG standard says."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(base, "salience", "kernels")
+
+
+>>>>>>> s4-triton
 def _file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
@@ -134,7 +144,7 @@ def _table(gpu: str) -> tuple[Entry, ...]:
 def _read(path: Path) -> list[Entry]:
     try:
         text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     except (OSError, UnicodeDecodeError) as error:
         return _ignored(path, error)
@@ -267,15 +277,23 @@ def save(gpu: str, entries: Sequence[Entry], folder: Path | None = None) -> Path
 
     Returns:
         The file written.
+
+    Raises:
+        StorageError: the folder cannot be written.
     """
     path = (folder or cache_folder("kernels")) / _file_name(gpu)
     fresh = {entry.shape for entry in entries}
     kept = [entry for entry in _read(path) if entry.shape not in fresh]
-    path.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(f"  {json.dumps(_raw(entry))}" for entry in (*kept, *entries))
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(f'{{"gpu": {json.dumps(gpu)},\n "entries": [\n{rows}\n]}}\n', "utf-8")
-    partial.replace(path)
+    text = f'{{"gpu": {json.dumps(gpu)},\n "entries": [\n{rows}\n]}}\n'
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        line = f"cannot write {path} ({error.strerror}); set XDG_CACHE_HOME to a folder that can be"
+        raise StorageError(line) from error
     _table.cache_clear()
     return path
 

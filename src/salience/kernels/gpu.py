@@ -32,6 +32,7 @@ from salience.scheme import Scheme
 
 _FEW_TOKENS = 64  # at which a multiply from the packed weight is about as fast as cuBLAS
 _TILE_ELEMENTS = 2**24  # of the weight that are dequantized at a time: 32 MiB, in an H100's L2
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SM80 = (8, 0)
 
 
@@ -46,8 +47,8 @@ class Triton:
     def options(self, shape: Shape, tokens: int) -> list[dict[str, int]]:
         if tokens > 4 * _FEW_TOKENS:
             return [{}]
-        splits = (1, 2, 4, 8, 16)
-        return [{"split": split, "tiles": tiles} for split in splits for tiles in (4, 8)]
+        sizes = (4,) if shape.bits == 8 else (4, 8)
+        return [{"split": split, "tiles": tiles} for split in (1, 2, 4, 8, 16) for tiles in sizes]
 
     def multiply(
         self,
@@ -153,15 +154,18 @@ class Gpu:
         """x [tokens, in] float times the packed weight: [tokens, out] in the dtype of x.
 
         Raises:
-            SalienceError: no variant works on this machine.
+            SalienceError: x is fp64 or no float, or no variant works on this machine.
         """
+        if x.dtype not in _DTYPES:
+            raise SalienceError(f"kernel gpu multiplies fp16, bf16 and fp32, not {x.dtype}")
         tokens, columns = x.shape
         if not tokens:
             return x.new_empty(0, out_features)
         group = columns if group_size == -1 else group_size
         shape = Shape(bits, group, columns, out_features, x.dtype)
         variant, options = chosen(shape, choice.bucket(tokens), x.device)
-        return variant.multiply(x, packed, bits, group_size, out_features, **options)
+        with torch.cuda.device_of(x):  # kernels are launched on the current GPU
+            return variant.multiply(x, packed, bits, group_size, out_features, **options)
 
 
 def _takes(scheme: Scheme, in_features: int) -> bool:

@@ -293,8 +293,10 @@ def multiply(
     """x [tokens, in] times a weight packed in fragments: [tokens, out_features], dtype of x.
 
     Args:
-        x: fp16, bf16 or fp32, rows of any stride. A weight is read once for each 64 tokens.
-        packed: words int32 [tiles, blocks, 64 bits], scales [tiles, groups, 16] and zeros uint8.
+        x: fp16, bf16 or fp32, rows of any stride. A weight is read once for each 64
+            tokens, or 32 in fp32.
+        packed: words int32 [tiles, blocks, 64 bits], scales [tiles, groups, 16] and zeros uint8,
+            up to 128 where bits are fewer than 8.
         bits: 2, 3, 4 or 8.
         group_size: a multiple of 32, or -1 for whole rows.
         out_features: rows of the weight without padding.
@@ -310,7 +312,8 @@ def multiply(
         x = x.contiguous()
     if words.shape[0] % tiles:
         tiles = 4
-    block = min(64, max(16, triton.next_power_of_2(tokens)))
+    small = x.dtype == torch.float32 or torch.version.hip is not None  # x twice as large, or LDS
+    block = min(32 if small else 64, max(16, triton.next_power_of_2(tokens)))
     programs, strips = triton.cdiv(out_features, TILE * tiles), triton.cdiv(tokens, block)
     blocks = words.shape[1]
     split = min(split or _split_of(programs * strips, blocks, block), blocks)
@@ -321,7 +324,8 @@ def multiply(
     _multiply[(programs, split, strips)](
         x, words, scales, zeros, sums, tokens, out_features, columns, scales.shape[1], x.stride(0),
         y.numel(), group, EACH=each, CHUNK=_chunk(group, columns), TILES=tiles, TOKENS=block,
-        STAGES=3, BITS=bits, KIND=_kind(x.dtype, x.is_cuda), num_warps=tiles,
+        STAGES=3 if torch.version.hip is None else 2, BITS=bits, KIND=_kind(x.dtype, x.is_cuda),
+        num_warps=tiles,
     )  # fmt: skip
     if split > 1:
         _add[(triton.cdiv(y.numel(), _REDUCED),)](sums, y, y.numel(), SPLIT=split, SOME=_REDUCED)

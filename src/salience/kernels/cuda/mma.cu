@@ -17,11 +17,13 @@
 //
 // and no weight is ever rounded. The offsets cost up to 7 of the 23 bits of fp32.
 //
-// Before the first touch of x the kernel waits for the one before it (griddepcontrol.wait); its
-// first weights are by then under way, as they depend on nobody.
+// Before the first touch of x the kernel waits for the one before it (griddepcontrol.wait). Its
+// first weights depend on nobody and are by then under way, and `ahead` blocks more on their way to
+// the L2 cache, so that the memory bus has work while kernels end, begin, and do small things.
 //
 // Options, as macros: BITS 2, 3, 4, 8; SUBS groups to a block of 128 columns (1, 2, 4) or else
-// GROUP_BLOCKS blocks to a group; TOKENS a multiple of 8; TILES 1, 2, 4; HIGH; DEEP; STAGES; SPLIT; BF16; SCALE 0 fp16, 1 bf16, 2 fp32.
+// GROUP_BLOCKS blocks to a group; TOKENS a multiple of 8; TILES 1, 2, 4; HIGH; DEEP; STAGES; SPLIT;
+// BF16; SCALE 0 fp16, 1 bf16, 2 fp32; SM 90 for sm90.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -249,7 +251,7 @@ __device__ __forceinline__ u16 rounded(float value) {
 // y [tokens, out].
 extern "C" __global__ void __launch_bounds__(THREADS)
 mma(const char* x, const char* words, const char* scales, const char* zeros, u16* y, int tokens, int out,
-    int columns, int stride, int groups) {
+    int columns, int stride, int groups, int ahead) {
     extern __shared__ __align__(16) char shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, team = warp / HIGH;
     const int member = warp % HIGH, thread = threadIdx.x % (32 * HIGH);
@@ -273,6 +275,12 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
         if (first + i * DEEP < end)
             fetch(ring[i], words, scales, zeros, at, first + i * DEEP, groups, policy);
 #if SM >= 90
+    const int later = each * static_cast<int>(blockIdx.x) + STAGES * DEEP;
+    const int more = min(ahead, end - later) * (4 * TILE_WORDS);
+    if (team == 0 && lane < TILES && more > 0)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
+                     :: "l"(words + static_cast<u64>(tile + lane) * at.next_words
+                            + later * (4 * TILE_WORDS)), "r"(more));
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -293,7 +301,7 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
     for (int n = 0; n < STRIPS; n++)
         place[n] = kept(min(8 * n + (lane & 7), here - 1) * STRIDE + 16 * (lane >> 3) + buffers);
 
-    const u32 none = static_cast<u32>(tokens) >> 31;  // 0, which the compiler does not know
+    const u32 none = tokens & 0x80000000;  // 0, which the compiler does not know
     const u32 masks[2] = {kept(((1u << BITS) - 1 << PLACES[0]) * 0x00010001u | none),
                           kept(((1u << BITS) - 1 << PLACES[1]) * 0x00010001u | none)};
     Sums total = {};
@@ -308,10 +316,10 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
                     __syncwarp();
                 else
                     asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "n"(32 * HIGH) : "memory");
-                const int later = block + (STAGES - 1) * DEEP;
-                if (later < end)
+                const int next = block + (STAGES - 1) * DEEP;
+                if (next < end)
                     stage(to + (i + STAGES - 1) % STAGES * size, x, start_x, left, column, columns,
-                          apart, later);
+                          apart, next);
                 asm volatile("cp.async.commit_group;");
                 steps<0>(total, group, ring[i], place, i * size, masks);
                 steps<1>(total, group, ring[i], place, i * size, masks);
