@@ -121,15 +121,6 @@ def _distance(a: Shape, b: Shape) -> float:
     return sides + _OTHER_GROUP * (a.group_size != b.group_size) + 0.1 * (a.dtype != b.dtype)
 
 
-<<<<<<< HEAD
-=======
-def cache_folder() -> Path:
-    """Where a user's own tables are: as the XDG standard says."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base, "salience", "kernels")
-
-
->>>>>>> s4-triton
 def _file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 

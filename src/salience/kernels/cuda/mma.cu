@@ -133,7 +133,11 @@ __device__ __forceinline__ u32 codes(const u32* words, const u32 (&masks)[2]) {
         return __byte_perm(words[PAIR / 2], over, PAIR % 2 ? 0x7371 : 0x7270);
     } else {
         constexpr int each = BITS == 3 ? 5 : 16 / BITS;
-        return (shifted<BITS * (PAIR % each) - to>(words[PAIR / each]) & masks[half]) | over;
+        u32 result;  // (word & mask) | over
+        asm("lop3.b32 %0, %1, %2, %3, 0xEA;"
+            : "=r"(result)
+            : "r"(shifted<BITS * (PAIR % each) - to>(words[PAIR / each])), "r"(masks[half]), "n"(over));
+        return result;
     }
 }
 
