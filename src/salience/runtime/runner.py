@@ -107,7 +107,7 @@ class Runner:
             )
         if not possible or wanted is False:
             return None
-        return Graphs(self.device, [self._ids, self._positions])
+        return Graphs(self.device)
 
     @property
     def graphs(self) -> bool:
@@ -196,13 +196,15 @@ class Runner:
         return self._drawn(part, features)
 
     def _replay(self, graphs: Graphs, part: slice, features: Features) -> None:
+        state = [self._ids, self._positions]
+        # Tables are made outside of the graph.
         if features.penalized:
-            _ = self.sampling.counts, self.sampling.prompted  # made outside of the graph
+            state += [self.sampling.counts, self.sampling.prompted]
         if features.masked:
-            _ = self.sampling.bitmask
+            state += [self.sampling.bitmask]
         self._decoder(part)
         try:
-            graphs.run((part.stop, features), lambda: self._advance(part, features))
+            graphs.run((part.stop, features), lambda: self._advance(part, features), state)
         except RuntimeError as error:
             _logger.warning("no CUDA graphs for this model: %s", str(error).splitlines()[0])
             self._graphs = None
@@ -215,6 +217,7 @@ class Runner:
         rows = part.stop - part.start
         if rows not in self._decoders:
             ids, positions = self._ids[part, None], self._positions[part]
+            self.step(ids, positions)  # the cache's buffers are made outside of a trace
             self._decoders[rows] = self._optimize(self.step, ids, positions)
         return self._decoders[rows]
 

@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 # What models call the state that they return to be given again.
 _STATES = ("past_key_values", "cache_params", "state")
 # What a module that was not made for another's cache may raise on meeting one.
-_MISFITS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, IndexError)
+_MISFITS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, LookupError)
 
 DecodeStep = Callable[[Tensor, Tensor], Tensor]
 
