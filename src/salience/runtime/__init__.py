@@ -1,0 +1,1 @@
+"""Running a model token by token."""
