@@ -18,7 +18,7 @@ from salience.kernels import fused
 from salience.kernels.fused import plain
 
 pytest.importorskip("triton")
-from salience.kernels.fused import attention_triton, rope_triton, rows_triton
+from salience.kernels.fused import argmax_triton, attention_triton, rope_triton, rows_triton
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Roundings that may meet: of an input's product, of a sum, of the result.
@@ -32,7 +32,9 @@ TRITON = SimpleNamespace(
     gelu_mul=rows_triton.gelu_mul,
     rope_update=rope_triton.rope_update,
     decode_attention=attention_triton.decode_attention,
+    argmax=argmax_triton.argmax,
 )
+NO_NORM = (None, None, 0.0, 0.0, True)  # the last arguments of rope_update
 Ops = ModuleType | SimpleNamespace
 by_both = pytest.mark.parametrize("ops", [plain, TRITON], ids=["plain", "triton"])
 
@@ -42,12 +44,12 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
 
 
-def close(found: Tensor, want: Tensor) -> None:
+def close(found: Tensor, want: Tensor, ops: int = 1) -> None:
     """Every number, but for roundings of what is as large as the largest in its row."""
     assert found.shape == want.shape
-    error = (found.double() - want).abs()
-    size = want.abs().amax(-1, keepdim=True)
-    assert bool((error <= TOLERANCE[found.dtype] * size).all()), float((error / size).max())
+    size = want.abs().amax(-1, keepdim=True).clamp(min=1e-300)  # a row of zeros is exact
+    error = ((found.double() - want).abs() / size).max()
+    assert float(error) <= TOLERANCE[found.dtype] * ops
 
 
 def norm64(x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
@@ -146,6 +148,7 @@ def test_rope_update(
     found = ops.rope_update(
         q, k.view(batch, 1, kv_heads, dim).transpose(1, 2), v, table.cos().to(dtype)[:, None],
         table.sin().to(dtype)[:, None], k_cache, v_cache, positions, rotary_dim, interleaved,
+        *NO_NORM,
     )  # fmt: skip
     close(found, rotated64(q.view(batch, heads, dim), angles, interleaved))
     keys = rotated64(k.view(batch, kv_heads, dim), angles, interleaved)
@@ -159,6 +162,28 @@ def test_rope_update(
 
 
 @by_both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("offset", "cast_first"), [(0.0, True), (1.0, False)])
+def test_rope_of_normalized_heads(
+    offset: float, cast_first: bool, dtype: torch.dtype, ops: Ops
+) -> None:
+    q, k, v = random(2, 12 * 24, dtype=dtype).split([8 * 24, 2 * 24, 2 * 24], dim=-1)
+    angles = random(2, 8).double() * 3
+    tables = angles.cos().to(dtype), angles.sin().to(dtype)
+    caches = random(2, 2, 2, 5, 24, dtype=dtype)
+    weights = random(24, dtype=dtype), random(24, dtype=dtype, seed=1)
+    at = torch.tensor([4, 1], device=DEVICE)
+    norm = (*weights, 1e-5, offset, cast_first)
+    found = ops.rope_update(q, k, v, *tables, *caches, at, 16, False, *norm)
+    want = [
+        rotated64(norm64(x.reshape(2, -1, 24), weight, 1e-5, offset), angles, False)
+        for x, weight in zip((q, k), weights, strict=True)
+    ]
+    close(found, want[0], ops=2)
+    close(caches[0][torch.arange(2), :, at], want[1], ops=2)
+
+
+@by_both
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_rope_rounds_as_the_modules_do(interleaved: bool, dtype: torch.dtype, ops: Ops) -> None:
@@ -166,7 +191,7 @@ def test_rope_rounds_as_the_modules_do(interleaved: bool, dtype: torch.dtype, op
     v, caches = random(2, 1, 2 * 16, dtype=dtype), random(2, 2, 2, 8, 16, dtype=dtype)
     cos, sin = random(1, 1, 16, dtype=dtype), random(1, 1, 16, dtype=dtype, seed=1)
     at = torch.tensor([5], device=DEVICE).expand(2)  # one position for all rows
-    found = ops.rope_update(q, k, v, cos, sin, *caches, at, 0, interleaved)
+    found = ops.rope_update(q, k, v, cos, sin, *caches, at, 0, interleaved, *NO_NORM)
     q, k = (x.view(2, 1, -1, 16).transpose(1, 2) for x in (q, k))
     if interleaved:
         want, keys = (x * cos[None] + rotate_pairs(x) * sin[None] for x in (q, k))
@@ -318,7 +343,22 @@ def test_a_cache_with_columns_apart_is_refused() -> None:
     with pytest.raises(ValueError, match="contiguous"):
         attention_triton.decode_attention(q, cache, cache, at, 1.0, 0, 0.0, None)
     with pytest.raises(ValueError, match="contiguous"):
-        rope_triton.rope_update(q, q, q, q[0, :1], q[0, :1], cache, cache, at, 0, False)
+        rope_triton.rope_update(q, q, q, q[0, :1], q[0, :1], cache, cache, at, 0, False, *NO_NORM)
+
+
+@by_both
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [7, 2048, 5000])
+def test_argmax(width: int, dtype: torch.dtype, ops: Ops) -> None:
+    logits = random(6, width + 3, dtype=dtype)[:, 2:-1]
+    places = [0, width - 1, width // 2, width // 3, 0, 0]
+    for row, place in enumerate(places):
+        logits[row, place] = 9
+    logits[2, place + 5 :: 2] = math.nan
+    logits[2, width // 2] = logits[3, -1] = 9  # NaN beside it, an equal behind it
+    logits[4] = -math.inf
+    logits[5] = math.nan
+    assert ops.argmax(logits).tolist() == places
 
 
 def arguments(name: str) -> tuple[object, ...]:
@@ -332,14 +372,23 @@ def arguments(name: str) -> tuple[object, ...]:
         "add_rms_norm": (product, random(2, 1, 128, seed=4), random(128), 1e-5, 1.0, False),
         "silu_mul": (k, v),
         "gelu_mul": (k, v, True),
-        "rope_update": (q, k, v, table, table, *caches, at),
+        "rope_update": (q, k, v, table, table, *caches, at, 0, False, random(16), random(16)),
+        "argmax": (product[:, 0],),
         "decode_attention": (q, *caches, at, 0.25, 4, 3.0, random(4)),
     }[name]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "rope_update", "decode_attention"],
+    [
+        "rms_norm",
+        "add_rms_norm",
+        "silu_mul",
+        "gelu_mul",
+        "rope_update",
+        "decode_attention",
+        "argmax",
+    ],
 )
 def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.salience, name).default, arguments(name))

@@ -41,6 +41,7 @@ LAYERS = {
     "salience.kernels.int4_triton": 20,
     "salience.kernels.fused._dependent": 18,
     "salience.kernels.fused.plain": 18,
+    "salience.kernels.fused.argmax_triton": 19,
     "salience.kernels.fused.attention_triton": 19,
     "salience.kernels.fused.rope_triton": 19,
     "salience.kernels.fused.rows_triton": 19,
@@ -128,6 +129,7 @@ WRAPPERS = {
     "rich": {"salience.cli.app", "salience.cli.console"},
     "typer": {"salience.cli.app"},
     "triton": {
+        "salience.kernels.fused.argmax_triton",
         "salience.kernels.fused.attention_triton",
         "salience.kernels.fused.rope_triton",
         "salience.kernels.fused.rows_triton",

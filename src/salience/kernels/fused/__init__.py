@@ -27,9 +27,10 @@ def rms_norm(
 ) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (weight + offset), over the last axis, computed in fp32.
 
-    `x` is [..., width], one row a token or a head, `weight` [width]. With `cast_first` the quotient
-    is rounded to the dtype of x before it meets the weight (Llama); without it, after (Gemma, whose
-    offset is 1).
+    `x` is [..., width], one row a token or a head, `weight` [width] and nothing that the same CUDA
+    graph computes: it is read before the kernels in front have ended. With `cast_first` the
+    quotient is rounded to the dtype of x before it meets the weight (Llama); without it, after
+    (Gemma, whose offset is 1).
     """
     return plain.rms_norm(x, weight, eps, offset, cast_first)
 
@@ -100,6 +101,11 @@ def rope_update(
     positions: Tensor,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    cast_first: bool = True,
 ) -> Tensor:
     """Rotate q and k by their position, write k and v into the caches: rotated q [batch, heads, D].
 
@@ -115,10 +121,13 @@ def rope_update(
         positions: int [batch].
         rotary_dim: how many columns of a head turn, the first ones; 0 for the width of `cos`.
         interleaved: pairs are columns 2 i, 2 i + 1 (GPT-J, Cohere), not i, i + rotary_dim / 2.
+        q_weight, k_weight: [D]. Where both are given, each head of q and k is first normalized
+            with them (Qwen3, Gemma3): `rms_norm` with `eps`, `offset` and `cast_first`.
     """
     return plain.rope_update(
-        q, k, v, cos, sin, k_cache, v_cache, positions, rotary_dim, interleaved
-    )
+        q, k, v, cos, sin, k_cache, v_cache, positions, rotary_dim, interleaved,
+        q_weight, k_weight, eps, offset, cast_first,
+    )  # fmt: skip
 
 
 @rope_update.register_fake
@@ -133,6 +142,11 @@ def _(
     positions: Tensor,
     rotary_dim: int = 0,
     interleaved: bool = False,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    cast_first: bool = True,
 ) -> Tensor:
     return q.new_empty(plain.heads(q, k_cache.shape[-1]).shape)
 
@@ -179,8 +193,21 @@ def _(
     return q.new_empty(q.shape[0], heads * v_cache.shape[-1])
 
 
+@torch.library.custom_op("salience::argmax", mutates_args=())
+def argmax(logits: Tensor) -> Tensor:
+    """The index of the highest of each row of logits [batch, vocabulary], the first of equals:
+    int64 [batch]. NaN is as low as minus infinity.
+    """
+    return plain.argmax(logits)
+
+
+@argmax.register_fake
+def _(logits: Tensor) -> Tensor:
+    return logits.new_empty(logits.shape[0], dtype=torch.int64)
+
+
 if find_spec("triton") is not None and torch.cuda.is_available():
-    from salience.kernels.fused import attention_triton, rope_triton, rows_triton
+    from salience.kernels.fused import argmax_triton, attention_triton, rope_triton, rows_triton
 
     rms_norm.register_kernel("cuda", rows_triton.rms_norm)
     add_rms_norm.register_kernel("cuda", rows_triton.add_rms_norm)
@@ -188,3 +215,4 @@ if find_spec("triton") is not None and torch.cuda.is_available():
     gelu_mul.register_kernel("cuda", rows_triton.gelu_mul)
     rope_update.register_kernel("cuda", rope_triton.rope_update)
     decode_attention.register_kernel("cuda", attention_triton.decode_attention)
+    argmax.register_kernel("cuda", argmax_triton.argmax)

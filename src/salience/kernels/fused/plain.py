@@ -82,17 +82,26 @@ def rope_update(
     positions: Tensor,
     rotary_dim: int,
     interleaved: bool,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    eps: float,
+    offset: float,
+    cast_first: bool,
 ) -> Tensor:
     """As `salience::rope_update`."""
     batch, width = len(positions), k_cache.shape[-1]
     cos, sin = tables(cos, batch), tables(sin, batch)
     rotary_dim = rotary_dim or cos.shape[-1]
-    keys = rotated(heads(k, width), cos, sin, rotary_dim, interleaved)
+    q, k = heads(q, width), heads(k, width)
+    if q_weight is not None and k_weight is not None:
+        q = rms_norm(q, q_weight, eps, offset, cast_first)
+        k = rms_norm(k, k_weight, eps, offset, cast_first)
+    keys = rotated(k, cos, sin, rotary_dim, interleaved)
     values = heads(v, v_cache.shape[-1])
     rows = ((positions >= 0) & (positions < k_cache.shape[2])).nonzero().squeeze(1)
     k_cache[rows, :, positions[rows]] = keys[rows].to(k_cache.dtype)
     v_cache[rows, :, positions[rows]] = values[rows].to(v_cache.dtype)
-    return rotated(heads(q, width), cos, sin, rotary_dim, interleaved).contiguous()
+    return rotated(q, cos, sin, rotary_dim, interleaved).contiguous()
 
 
 def decode_attention(
@@ -144,3 +153,8 @@ def _attention(
         scores = torch.cat((scores, sink), dim=-1)
     weights = scores.softmax(-1)[..., : k.shape[2]]
     return (weights @ v.float()).to(q.dtype)
+
+
+def argmax(logits: Tensor) -> Tensor:
+    """As `salience::argmax`."""
+    return logits.nan_to_num(-torch.inf, torch.inf, -torch.inf).argmax(-1)
