@@ -8,18 +8,10 @@ import operator
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
-from salience import kernels
 from salience.kernels import fused  # noqa: F401  (registers the ops)
-from salience.runtime.graph import (
-    Known,
-    aten,
-    constant,
-    is_op,
-    meta,
-    value_of,
-)
+from salience.runtime.graph import Known, aten, is_op, meta
 
 ops = torch.ops.salience
 
@@ -106,7 +98,7 @@ def _match_quotient(node: object) -> tuple[fx.Node, float] | None:
         mean, eps = total.args  # type: ignore[union-attr]
         if not (is_op(mean, aten.mean.dim) and isinstance(eps, float)):
             continue
-        if list(mean.args[1]) not in ([-1], [meta(mean).ndim - 1]) or mean.args[2:3] != (True,):
+        if list(mean.args[1]) != [-1] or mean.args[2:3] != (True,):
             continue
         power = mean.args[0]
         square = (is_op(power, aten.pow.Tensor_Scalar) and power.args[1] == 2) or (
@@ -178,36 +170,4 @@ def gated_activations(gm: fx.GraphModule) -> int:
             count += 1
             break
     gm.graph.eliminate_dead_code()
-    return count
-
-
-def open_products(gm: fx.GraphModule) -> int:
-    """On a CPU: what a packed product consists of, in place of the op around it.
-
-    An op written in Python costs as much there as a small product.
-    """
-    count = 0
-    for node in list(gm.graph.nodes):
-        if not is_op(node, ops.qmm.default):
-            continue
-        x, packed, kernel, bits, group_size, out_features = node.args
-        given, out = meta(x), meta(node)
-        if kernel != "cpu_int4" or given is None or out is None or given.dtype != torch.bfloat16:
-            continue
-        if given.shape[:-1].numel() >= 64 or not given.is_contiguous():
-            continue
-        codes, scales = packed[:2]
-        group = meta(codes).shape[1] * 2 // meta(scales).shape[0]
-        with gm.graph.inserting_before(node):
-            rows = gm.graph.call_function(aten.view.default, (x, [-1, given.shape[-1]]))
-            rows.meta["val"] = given.reshape(-1, given.shape[-1])
-            y = gm.graph.call_function(
-                aten._weight_int4pack_mm_for_cpu.default, (rows, codes, group, scales)
-            )
-            y.meta["val"] = out.reshape(-1, out_features)
-            view = gm.graph.call_function(aten.view.default, (y, list(out.shape)))
-        view.meta["val"] = out
-        node.replace_all_uses_with(view)
-        gm.graph.erase_node(node)
-        count += 1
     return count
