@@ -19,7 +19,17 @@ import torch
 from torch import Tensor, fx
 
 from salience.kernels.fused import plain
-from salience.runtime.graph import Known, aten, evaluate, is_op, is_view, meta, root, value_of, writes
+from salience.runtime.graph import (
+    Known,
+    aten,
+    evaluate,
+    is_op,
+    is_view,
+    meta,
+    root,
+    value_of,
+    writes,
+)
 
 ops = torch.ops.salience
 

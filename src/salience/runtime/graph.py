@@ -10,7 +10,7 @@ how the rewrites find out what a mask or a rotation means without knowing how a 
 """
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -145,7 +145,11 @@ def is_view(node: fx.Node) -> bool:
 def root(node: fx.Node) -> fx.Node:
     """What a node is a view of, or writes to and returns."""
     while node.args and isinstance(node.args[0], fx.Node):
-        if not is_view(node) and not is_op(node, *_SAME_OR_COPY) and node.args[0] not in writes(node):
+        if (
+            not is_view(node)
+            and not is_op(node, *_SAME_OR_COPY)
+            and node.args[0] not in writes(node)
+        ):
             break
         node = node.args[0]
     return node
@@ -366,15 +370,3 @@ def _written(value: Any, names: Mapping[fx.Node, str]) -> str:
     if isinstance(value, torch.device):
         return f"device({str(value)!r})"
     return repr(value)
-
-
-def ancestors(nodes: Iterable[fx.Node], stop: set[fx.Node]) -> set[fx.Node]:
-    """All that some nodes are computed from, up to `stop`."""
-    found: set[fx.Node] = set()
-    pending = [n for n in nodes if n not in stop]
-    while pending:
-        node = pending.pop()
-        if node not in found:
-            found.add(node)
-            pending += [n for n in node.all_input_nodes if n not in stop]
-    return found

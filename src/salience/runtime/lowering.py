@@ -132,9 +132,10 @@ class _Lowering:
         if not all(is_op(each, aten.slice.Tensor) for each in parts):
             return None
         (product, *first), (other, *second) = (part.args for part in parts)
-        last = meta(product).ndim - 1  # type: ignore[union-attr]
-        if product is not other or len(first) != 3 or len(second) != 3:
+        given = meta(product)
+        if product is not other or given is None or len(first) != 3 or len(second) != 3:
             return None
+        last = given.ndim - 1
         if first[0] not in (-1, last) or second[0] not in (-1, last) or first[2] != second[1]:
             return None
         both = self.call(aten.slice.Tensor, product, last, first[1], second[2])

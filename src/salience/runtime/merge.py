@@ -14,6 +14,7 @@ alone, or with something else: then the product is computed for it anew, which i
 The trace of a step (`salience.runtime.trace`) has one product and its slices, and no bookkeeping.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from salience import kernels
-from salience.groups import Call, calls_of
+from salience.groups import calls_of
 from salience.linear import QuantLinear
 from salience.placement import input_device
 from salience.qtensor import QTensor
@@ -71,45 +72,32 @@ def merge_linears(model: Any, run: Callable[[], object] | None = None) -> list[t
 
 def _groups(model: nn.Module, run: Callable[[], object]) -> list[tuple[str, ...]]:
     """Linears that received the same object, each called once."""
-    shared: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        shared[id(parameter)] = shared.get(id(parameter), 0) + 1
-    aliases: dict[int, int] = {}
-    for _, module in model.named_modules(remove_duplicate=False):
-        aliases[id(module)] = aliases.get(id(module), 0) + 1
-    versions: dict[int, int] = {}
-    calls: list[Call] = []
-    times: dict[str, int] = {}
-    handles = _watch(model, versions)
+    parameters = model.named_parameters(remove_duplicate=False)
+    shared = Counter(id(parameter) for _, parameter in parameters)
+    modules = model.named_modules(remove_duplicate=False)
+    aliases = Counter(id(module) for _, module in modules)
+    versions: dict[nn.Module, int] = {}  # of the inputs: one that was written to is another
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        if args and isinstance(args[0], Tensor) and not args[0].is_inference():
+            versions[module] = args[0]._version
+
+    handles = [m.register_forward_pre_hook(note) for m in model.modules() if _can_merge(m)]
     try:
-        found = calls_of(model, run)  # it holds all inputs, so no two share an id
+        calls = calls_of(model, run)  # it holds all inputs, so no two share an id
     finally:
         for handle in handles:
             handle.remove()
-    for call in found:
-        times[call.name] = times.get(call.name, 0) + 1
-        calls.append(call)
-    groups: dict[int, list[str]] = {}
+    times = Counter(call.name for call in calls)
+    groups: dict[tuple[int, int], list[str]] = {}
     for call in calls:
         module = model.get_submodule(call.name)
         if not _can_merge(module) or times[call.name] > 1 or aliases[id(module)] > 1:
             continue
         if type(module) is nn.Linear and shared[id(module.weight)] > 1:
             continue
-        # One that is written to between two calls is another input.
-        if call.x.is_inference() or versions.get(id(call.x)) == call.x._version:
-            groups.setdefault(id(call.x), []).append(call.name)
+        groups.setdefault((id(call.x), versions.get(module, 0)), []).append(call.name)
     return [names for group in groups.values() for names in _alike(model, group)]
-
-
-def _watch(model: nn.Module, versions: dict[int, int]) -> list[Any]:
-    """Note how often each input of a linear was written to before its first use."""
-
-    def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor) and not args[0].is_inference():
-            versions.setdefault(id(args[0]), args[0]._version)
-
-    return [m.register_forward_pre_hook(note) for m in model.modules() if _can_merge(m)]
 
 
 def _can_merge(module: nn.Module) -> bool:
@@ -165,9 +153,7 @@ def _product(modules: list[Any]) -> _Product | None:
         dtype = next(each.dtype for each in biases if each is not None)
         bias = torch.cat(
             [
-                module.weight.new_zeros(module.out_features, dtype=dtype)
-                if isinstance(module, nn.Linear) and each is None
-                else torch.zeros(module.out_features, dtype=dtype, device=module.weight.device)
+                torch.zeros(module.out_features, dtype=dtype, device=module.weight.device)
                 if each is None
                 else each.detach()
                 for module, each in zip(modules, biases, strict=True)

@@ -87,9 +87,7 @@ def _match_quotient(node: object) -> tuple[fx.Node, float] | None:
         return None
     assert isinstance(node, fx.Node)
     for wide, factor in (node.args, node.args[::-1]):
-        if is_op(factor, aten.rsqrt.default):
-            total = factor.args[0]  # type: ignore[union-attr]
-        elif is_op(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5:  # type: ignore[union-attr]
+        if is_op(factor, aten.rsqrt.default) or (is_op(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5):
             total = factor.args[0]  # type: ignore[union-attr]
         else:
             continue
