@@ -88,6 +88,7 @@ LAYERS = {
     "salience.assemble": 56,
     "salience.runtime.cache": 50,
     "salience.runtime.graphs": 50,
+    "salience.runtime.limits": 50,
     "salience.runtime.sampling": 50,
     "salience.runtime.text": 50,
     "salience.runtime.request": 51,

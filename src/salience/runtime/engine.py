@@ -19,18 +19,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.runtime.limits import check_prompt, context, end_tokens
 from salience.runtime.request import Event, Request, Result
 from salience.runtime.runner import Drawn, Optimize, Runner
 from salience.runtime.sampling import Features, Sampling
 from salience.runtime.slots import Slot, place
 
 _GREEDY = Sampling()
-_LONGEST_BY_DEFAULT = 8192
-# What configs call the longest text that positions reach.
-_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 
 
 class Engine:
@@ -66,7 +63,7 @@ class Engine:
             raise SalienceError("max_batch and prefill_chunk must be at least 1")
         self.model = model
         self.tokenizer = tokenizer
-        self.max_context = _context(model, max_context)
+        self.max_context = context(model, max_context)
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
         self._runner = Runner(model, max_batch, self.max_context, graphs, optimize)
@@ -131,15 +128,24 @@ class Engine:
         Raises:
             SalienceError: as `generate`, when it is called.
         """
-        return self._stream(self.submit(prompt, sampling))
+        return self._stream(self._request(prompt, sampling))
 
     def _stream(self, request: Request) -> Iterator[Event]:
+        with self._lock:
+            self._queue.append(request)
+        yield from self.events(request)
+
+    def events(self, request: Request) -> Iterator[Event]:
+        """The events of a submitted request, as they come. Closing the iterator ends it."""
+        finished = False
         try:
-            while request.events or not request.finished:
-                if not request.events:
-                    self.step()
-                while request.events:
-                    yield request.events.popleft()
+            while not finished:
+                with self._lock:  # another thread's step may bring them
+                    if not request.events and not request.finished:
+                        self.step()
+                    found, finished = list(request.events), request.finished
+                    request.events.clear()
+                yield from found
         finally:
             self._cancel([request])
 
@@ -159,7 +165,7 @@ class Engine:
         Args:
             prompt: its tokens.
             sampling: how the reply is drawn.
-            guided: `allow` will be called before each token, so no step may run ahead.
+            guided: each token waits for a mask by `Request.allow`.
         """
         request = self._request(prompt, sampling, guided)
         with self._lock:
@@ -167,40 +173,20 @@ class Engine:
         return request
 
     def _request(self, prompt: Sequence[int], sampling: Sampling, guided: bool = False) -> Request:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        if not len(prompt):
-            raise SalienceError("the prompt is empty")
-        if len(prompt) >= self.max_context:
-            raise SalienceError(
-                f"the prompt has {len(prompt)} tokens, which leaves no room for a reply in a "
-                f"context of {self.max_context}; shorten it or raise max_context"
-            )
-        wrong = next((token for token in prompt if not 0 <= token < vocabulary), None)
-        if wrong is not None:
-            raise SalienceError(f"the prompt has token {wrong}, the model has {vocabulary} tokens")
+        check_prompt(self.model, prompt, self.max_context)
         if sampling.stop and self.tokenizer is None:
             raise SalienceError("stop strings need a tokenizer; give one to the engine")
-        ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else self._eos())
+        ends = set(sampling.stop_token_ids) | (
+            set() if sampling.ignore_eos else end_tokens(self.model, self.tokenizer)
+        )
         room = min(sampling.max_new_tokens, self.max_context - len(prompt))
         return Request(prompt, sampling, self.tokenizer, frozenset(ends), room, guided)
 
-    def _eos(self) -> set[int]:
-        for owner in (self.model.generation_config, self.model.config, self.tokenizer):
-            found = getattr(owner, "eos_token_id", None)
-            if found is not None:
-                return {found} if isinstance(found, int) else set(found)
-        return set()
-
-    def allow(self, request: Request, bitmask: Tensor) -> None:
-        """The tokens that the next draw of a guided request, once in a slot, may take.
-
-        Args:
-            request: submitted with `guided`.
-            bitmask: int32 [vocabulary / 32]; bit i of word w allows token 32 w + i.
-        """
+    def prepare(self, *samplings: Sampling) -> None:
+        """Capture the graphs that such replies need, while there are none to wait for it."""
         with self._lock:
-            if request.slot is not None and not request.finished:
-                self._runner.sampling.bitmask[request.slot].copy_(bitmask, non_blocking=True)
+            for sampling in (samplings or (_GREEDY,)) if self.idle else ():
+                self._runner.prepare(Features.of([sampling]))
 
     @torch.no_grad()
     def step(self) -> list[Event]:
@@ -240,6 +226,8 @@ class Engine:
         chunk = self.prefill_chunk if self.static else len(request.prompt)
         tokens = request.prompt[start : start + chunk]
         last = start + len(tokens) == len(request.prompt)
+        if last:
+            self._set_mask(slot)
         drawn = self._runner.prefill(slot.index, tokens, start, _features([slot]) if last else None)
         request.filled += len(tokens)
         if drawn is not None:
@@ -249,14 +237,20 @@ class Engine:
         first, last = running[0].index, running[-1].index
         among = self._slots[first : last + 1]
         length = max(slot.position for slot in among) + 1
+        for slot in running:
+            self._set_mask(slot)
         drawn = self._runner.decode(first, len(among), length, _features(running))
         self._launched(drawn, running)
+
+    def _set_mask(self, slot: Slot) -> None:
+        if slot.request is not None and slot.request.guided:
+            self._runner.resume(slot.index, slot.request.take_mask())
 
     def _launched(self, drawn: Drawn, slots: Sequence[Slot]) -> None:
         requests = [slot.request for slot in slots if slot.request is not None]
         for request in requests:
             request.launched += 1
-            if request.launched == request.room and request.slot is not None:
+            if (request.guided or request.launched == request.room) and request.slot is not None:
                 self._runner.pause(request.slot)
         self._unread.append((drawn, requests))
 
@@ -299,17 +293,3 @@ def _features(slots: Sequence[Slot]) -> Features:
     requests = [slot.request for slot in slots if slot.request is not None]
     guided = any(request.guided for request in requests)
     return Features.of([request.sampling for request in requests], guided)
-
-
-def _context(model: Any, wanted: int | None) -> int:
-    """The tokens that a context may have."""
-    config = model.config.get_text_config()
-    found = [getattr(config, name, None) for name in _LIMITS]
-    limit = next((each for each in found if isinstance(each, int) and each > 0), None)
-    if wanted is None:
-        return min(limit or _LONGEST_BY_DEFAULT, _LONGEST_BY_DEFAULT)
-    if wanted < 2:
-        raise SalienceError(f"max_context is {wanted}, must be at least 2")
-    if limit is not None and wanted > limit:
-        raise SalienceError(f"max_context is {wanted}, the model was made for {limit} tokens")
-    return wanted

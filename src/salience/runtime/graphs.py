@@ -22,37 +22,40 @@ class Graphs:
 
     Args:
         device: a CUDA device.
-        state: the tensors that a step changes and that must not change while capturing.
     """
 
-    def __init__(self, device: torch.device, state: Sequence[Tensor]) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._state = state
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, key: Hashable, body: Callable[[], None]) -> None:
+    def run(self, key: Hashable, body: Callable[[], None], state: Sequence[Tensor]) -> None:
         """Replay the graph of `key`, which is that of `body`.
+
+        Args:
+            key: of the graph.
+            body: what is captured.
+            state: the tensors that it changes and that must not change while it is captured.
 
         Raises:
             RuntimeError: the body cannot be captured, for it waits for the device.
         """
         if key not in self._graphs:
-            self._graphs[key] = self._capture(body)
+            self._graphs[key] = self._capture(body, state)
         self._graphs[key].replay()
 
-    def _capture(self, body: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        before = [tensor.clone() for tensor in self._state]
+    def _capture(self, body: Callable[[], None], state: Sequence[Tensor]) -> torch.cuda.CUDAGraph:
+        before = [tensor.clone() for tensor in state]
         current = torch.cuda.current_stream(self._device)
         side = torch.cuda.Stream(self._device)
         side.wait_stream(current)
         with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
                 body()
-            for tensor, value in zip(self._state, before, strict=True):
+            for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()

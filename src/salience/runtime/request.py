@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from torch import Tensor
+
 from salience.runtime.sampling import Sampling
 from salience.runtime.text import Detokenizer, StopStrings
 
@@ -67,7 +69,8 @@ class Request:
         self.sampling = sampling
         self.ends = ends
         self.room = room  # tokens that the reply may have
-        self.guided = guided  # a mask is set before each token, so the host must see the last
+        self.guided = guided  # each token waits for a mask
+        self._mask: Tensor | None = None
         self.tokens: list[int] = []
         self.text = ""
         self.logprobs: list[TokenLogprob] = []
@@ -85,6 +88,26 @@ class Request:
     def cancel(self) -> None:
         """End it at the next step, from any thread."""
         self._cancelled.set()
+
+    def allow(self, bitmask: Tensor) -> None:
+        """The tokens that the next draw of a guided request may take, from any thread.
+
+        Args:
+            bitmask: int32 [vocabulary / 32]; bit i of word w allows token 32 w + i.
+        """
+        self._mask = bitmask
+
+    @property
+    def ready(self) -> bool:
+        """Whether its next token may be drawn."""
+        return not self.guided or self._mask is not None
+
+    def take_mask(self) -> Tensor:
+        """The mask, which holds for one token."""
+        mask, self._mask = self._mask, None
+        if mask is None:
+            raise RuntimeError("a guided request was run without a mask")
+        return mask
 
     @property
     def cancelled(self) -> bool:

@@ -98,7 +98,8 @@ class Runner:
 
     def _make_graphs(self, model: Any, wanted: bool | None) -> Graphs | None:
         hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
-        possible = self.device.type == "cuda" and self.static and not hooked
+        fits = isinstance(self.step, Step) and not self.step.waits
+        possible = self.device.type == "cuda" and fits and not hooked
         if wanted and not possible:
             raise SalienceError(
                 "CUDA graphs need a model with a cache of keys and values, wholly on one GPU; "
@@ -106,7 +107,7 @@ class Runner:
             )
         if not possible or wanted is False:
             return None
-        return Graphs(self.device, [self._ids, self._positions])
+        return Graphs(self.device)
 
     @property
     def graphs(self) -> bool:
@@ -126,6 +127,11 @@ class Runner:
     def pause(self, slot: int) -> None:
         """No more tokens for a slot."""
         self._active[slot].fill_(False)
+
+    def resume(self, slot: int, bitmask: Tensor) -> None:
+        """Go on with a slot that was paused; its next token is one of those in a mask."""
+        self.sampling.bitmask[slot].copy_(bitmask, non_blocking=True)
+        self._active[slot].fill_(True)
 
     def release(self, slot: int, tokens: int) -> None:
         """End a slot's reply and keep its first `tokens` tokens."""
@@ -157,6 +163,14 @@ class Runner:
         self._draw(logits, rows, self._positions[rows], features)
         return self._drawn(rows, features)
 
+    @torch.no_grad()
+    def prepare(self, features: Features) -> None:
+        """Capture the steps of all numbers of rows now, not when they are first needed."""
+        rows = 1
+        while self._graphs is not None and rows <= self.slots:
+            self.decode(0, rows, self.capacity, features)
+            rows = self.slots if rows < self.slots < 2 * rows else 2 * rows
+
     def decode(self, first: int, rows: int, length: int, features: Features) -> Drawn:
         """One token for each of the active slots among `rows` slots from `first` on.
 
@@ -182,13 +196,15 @@ class Runner:
         return self._drawn(part, features)
 
     def _replay(self, graphs: Graphs, part: slice, features: Features) -> None:
+        state = [self._ids, self._positions]
+        # Tables are made outside of the graph.
         if features.penalized:
-            _ = self.sampling.counts, self.sampling.prompted  # made outside of the graph
+            state += [self.sampling.counts, self.sampling.prompted]
         if features.masked:
-            _ = self.sampling.bitmask
+            state += [self.sampling.bitmask]
         self._decoder(part)
         try:
-            graphs.run((part.stop, features), lambda: self._advance(part, features))
+            graphs.run((part.stop, features), lambda: self._advance(part, features), state)
         except RuntimeError as error:
             _logger.warning("no CUDA graphs for this model: %s", str(error).splitlines()[0])
             self._graphs = None
@@ -201,6 +217,7 @@ class Runner:
         rows = part.stop - part.start
         if rows not in self._decoders:
             ids, positions = self._ids[part, None], self._positions[part]
+            self.step(ids, positions)  # the cache's buffers are made outside of a trace
             self._decoders[rows] = self._optimize(self.step, ids, positions)
         return self._decoders[rows]
 

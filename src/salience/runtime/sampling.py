@@ -245,7 +245,7 @@ def _filtered(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     outside |= (top_p < 1) & (before >= top_p * left.sum(-1, keepdim=True))
     outside |= probabilities < min_p * probabilities[:, :1]
     outside &= rank > 0
-    return torch.where(outside.gather(-1, order.argsort(-1)), -math.inf, logits)
+    return torch.where(torch.zeros_like(outside).scatter(-1, order, outside), -math.inf, logits)
 
 
 def _hash(x: Tensor) -> Tensor:

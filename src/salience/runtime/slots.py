@@ -32,14 +32,15 @@ class Slot:
 
     @property
     def filling(self) -> bool:
-        """Whether a part of a prompt is still to be computed."""
-        return self.request is not None and self.request.filled < len(self.request.prompt)
+        """Whether a step is to compute a part of a prompt."""
+        request = self.request
+        return request is not None and request.filled < len(request.prompt) and request.ready
 
     @property
     def running(self) -> bool:
         """Whether a step is to make a token."""
         request = self.request
-        return request is not None and 0 < request.launched < request.room
+        return request is not None and 0 < request.launched < request.room and request.ready
 
     @property
     def position(self) -> int:
