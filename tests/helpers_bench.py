@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from salience.bench import measure
+from salience.bench import kernels, measure
 from salience.cli.app import main
 
 TINY: dict[str, Any] = {
@@ -47,6 +47,7 @@ def make_command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[s
     monkeypatch.setattr(measure, "_CPU_BYTES", 2**20)
     monkeypatch.setattr(measure, "_CPU_SIZE", 64)
     monkeypatch.setattr(measure, "_CPU_SECONDS", 0.01)
+    monkeypatch.setattr(kernels, "_MOST_COPIES", 3)
 
     def run(*args: object) -> Ran:
         monkeypatch.setattr(sys, "argv", ["salience", "bench", *map(str, args)])

@@ -3,11 +3,10 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 import salience
 from helpers_bench import Command, assert_png, make_command, write_shape
-from salience.bench import measure
+from salience.bench import decode, measure
 from salience.bench.decode import Task, _steady
 from salience.errors import SalienceError
 
@@ -104,7 +103,8 @@ def test_a_head_in_codes(command: Command, tmp_path: Path) -> None:
 
 def test_memory_is_asked_for_first(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "free_bytes", lambda device: 2**30)
-    monkeypatch.setattr(torch, "empty", None)  # nothing may be made
+    monkeypatch.setattr(decode, "build", None)  # nothing may be made
+    monkeypatch.setattr(decode, "measure_rates", None)
     found = command("decode", "--shape", "llama-3-8b", "--layers", "2", "--batch", "1")
     assert found.status == 3 and found.stdout == ""
     assert "error: llama-3-8b in w4g128 needs" in found.stderr

@@ -1,5 +1,6 @@
 """`salience bench quantize`: phases with seconds and memory, and nothing left behind."""
 
+import mmap
 import os
 import tempfile
 import time
@@ -53,9 +54,10 @@ def test_memory_goes_to_its_phase() -> None:
     watch = _Watch(torch.device("cpu"))
     with watch.running():
         watch.enter("large")
-        held = torch.ones(2**25)  # 128 MiB
-        time.sleep(0.05)
-        del held
+        with mmap.mmap(-1, 2**27) as held:
+            for page in range(0, len(held), mmap.PAGESIZE):
+                held[page] = 1
+            time.sleep(0.05)
         watch.enter("")
         watch.enter("small")
         time.sleep(0.05)

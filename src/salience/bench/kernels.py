@@ -38,6 +38,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 1e-2}
 _BF16_INSIDE = ("cpu_int4", "tinygemm")
 _CACHES = 3.2  # copies of the weight hold so many times what the cache does
 _CPU_CACHE_BYTES = 32 * 2**20
+_MOST_COPIES = 256  # of a weight so small that its time says nothing of memory
 _CHECKED_ROWS, _CHECKED_TOKENS = 512, 32
 
 Progress = Callable[[str, int, int], None]
@@ -269,7 +270,8 @@ def _copies(kernel: Kernel, scheme: Scheme, columns: int, rows: int, device: tor
     cache = _CPU_CACHE_BYTES
     if device.type == "cuda":
         cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, math.ceil(_CACHES * cache / kernel.nbytes(scheme, columns, rows)))
+    wanted = math.ceil(_CACHES * cache / kernel.nbytes(scheme, columns, rows))
+    return min(max(2, wanted), _MOST_COPIES)
 
 
 def _memory(

@@ -23,7 +23,6 @@ from salience.bench.weights import random_weight
 from salience.checkpoint import read_json
 from salience.errors import SalienceError
 from salience.linear import QuantEmbedding, QuantLinear, packed_bytes
-from salience.loading import set_tensor
 from salience.machine import free_disk_bytes, release_memory
 from salience.modules import bias_of, codable, find_blocks, kept, weight_of
 from salience.recipe import Recipe
@@ -246,7 +245,8 @@ def build(model: Any, recipe: Recipe | None, dtype: torch.dtype, device: torch.d
         _fill(value, names[0])
         shared = nn.Parameter(value, requires_grad=False)
         for name in names:
-            set_tensor(model, name, shared)
+            module, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(module), leaf, shared)
     model.to(device)
     model.config.dtype = dtype
     release_memory()
