@@ -194,12 +194,12 @@ def test_an_optimized_step_takes_the_place(model: Any) -> None:
         made.append(len(positions))
         return make_fx(step)(ids, positions)
 
-    engine = Engine(model, max_batch=3, max_context=100, optimize=optimize)
-    prompts = [prompt(length, seed=length) for length in (8, 3, 20)]
+    engine = Engine(model, max_batch=2, max_context=100, optimize=optimize)
+    prompts = [prompt(length, seed=length) for length in (8, 20)]
     with Counted(model) as calls:
         results = engine.generate(prompts, greedy(9))
     assert [r.tokens for r in results] == [expected(model, tokens, 9) for tokens in prompts]
-    assert sorted(made) == [1, 2, 3]
+    assert sorted(made) == [1, 2]
     # Prompts, and what was traced.
     assert [call for call in calls if call[1] == 1] == [(rows, 1) for rows in made]
 

@@ -29,9 +29,6 @@ class Graphs:
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def run(self, key: Hashable, body: Callable[[], None], state: Sequence[Tensor]) -> None:
         """Replay the graph of `key`, which is that of `body`.
 

@@ -93,7 +93,7 @@ class Runner:
         self._active = torch.zeros_like(self._ids, dtype=torch.bool)
         self.sampling = SamplingState(slots, self.step.vocabulary, self.device)
         self._graphs = self._make_graphs(model, graphs)
-        if isinstance(self.step, Step) and (self._graphs or self._optimize):
+        if isinstance(self.step, Step) and self._fixed:
             self.step.cache.reserve(self.capacity)  # addresses that stay
 
     def _make_graphs(self, model: Any, wanted: bool | None) -> Graphs | None:
@@ -108,6 +108,11 @@ class Runner:
         if not possible or wanted is False:
             return None
         return Graphs(self.device)
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether a step is made once for a number of rows, and reads all of the cache."""
+        return self._graphs is not None or self._optimize is not None
 
     @property
     def graphs(self) -> bool:
@@ -181,7 +186,7 @@ class Runner:
             features: what the rows' sampling needs.
         """
         length = padded(length)
-        if self._graphs is not None or self._optimize is not None:
+        if self._fixed:
             first, rows, length = 0, bucket(first + rows, self.slots), self.capacity
         part = slice(first, first + rows)
         if isinstance(self.step, Step):
@@ -217,7 +222,8 @@ class Runner:
         rows = part.stop - part.start
         if rows not in self._decoders:
             ids, positions = self._ids[part, None], self._positions[part]
-            self.step(ids, positions)  # the cache's buffers are made outside of a trace
+            if not self.step.cache.layers:
+                self.step(ids, positions)  # its buffers are made outside of a trace
             self._decoders[rows] = self._optimize(self.step, ids, positions)
         return self._decoders[rows]
 
