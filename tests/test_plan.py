@@ -12,9 +12,10 @@ import salience
 from salience import plan as module
 from salience.calibration import Calibration
 from salience.errors import DoesNotFitError, SalienceError
-from salience.formats import AutoAwq, Gguf, get_format
+from salience.formats import AutoAwq, Gguf
 from salience.methods import get_method
 from salience.plan import Budget, Plan, checkpoint_bytes, choose_budget, device_memory, make_plan
+from salience.prepare import prepare
 from salience.recipe import Recipe
 from salience.scheme import Scheme
 from salience.source import open_source
@@ -39,18 +40,17 @@ def plan(
     fmt: str = "awq",
     max_memory: int | None = None,
 ) -> Plan:
-    source = open_source(str(folder))
-    chosen = get_method(method, effort)
-    return make_plan(
-        source,
-        schemes_of(source.skeleton(), Recipe(Scheme.parse(scheme), rules)),
-        get_format(fmt),
-        Calibration(samples=samples, seqlen=128) if chosen.reads_text else None,
-        chosen,
-        CPU,
-        out or folder,
-        max_memory,
-    )
+    job = prepare(
+        str(folder),
+        method=method,
+        effort=effort,
+        scheme=scheme,
+        rules=rules,
+        format=fmt,
+        device="cpu",
+    ).job
+    text = Calibration(samples=samples, seqlen=128) if job.method.reads_text else None
+    return make_plan(job, text, out or folder, max_memory)
 
 
 def budget(folder: Path, max_memory: int | None, method: str = "awq", samples: int = 64) -> Budget:

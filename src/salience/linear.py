@@ -103,7 +103,9 @@ class QuantLinear(nn.Module):
             fresh = QuantLinear(self.qtensor().to(place), self.bias, dtype=self._dtype)
             self.kernel, self._packed_names = fresh.kernel, fresh._packed_names
             self._buffers = fresh._buffers
-        packed = {name: self._buffers.pop(name) for name in self._packed_names}
+        packed = {name: self.get_buffer(name) for name in self._packed_names}
+        for name in packed:
+            del self._buffers[name]
         super()._apply(fn, recurse)
         for name, tensor in packed.items():
             data = fn(tensor.flatten().view(torch.uint8))  # bytes, which `half` leaves alone
