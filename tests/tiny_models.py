@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from salience.calibration import BlockArguments, record_inputs
+from salience.placement import input_device
 
 VOCABULARY = 320
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
@@ -99,8 +100,9 @@ def first_inputs(model: Any, blocks: nn.ModuleList) -> tuple[Tensor, BlockArgume
 
 @torch.no_grad()
 def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
-    """The logits of a model on a few random tokens."""
-    return model(input_ids=random_tokens() if tokens is None else tokens, use_cache=False).logits
+    """The logits of a model, wherever it is, on a few random tokens; on the CPU."""
+    ids = (random_tokens() if tokens is None else tokens).to(input_device(model))
+    return model(input_ids=ids, use_cache=False).logits.cpu()
 
 
 def error(value: Tensor, reference: Tensor) -> float:
