@@ -1,5 +1,6 @@
 """Tiny random checkpoints with a real tokenizer, for tests that need a whole model folder."""
 
+import functools
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -21,8 +22,9 @@ CHAT_TEMPLATE = (
 TEXT = "".join(topics.topics[key] + "\n" for key in sorted(topics.topics))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on Python's documentation."""
+@functools.cache
+def _trained() -> str:
+    """A byte-level BPE, trained on Python's documentation, as JSON."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -33,6 +35,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     inner.train_from_iterator([TEXT[:200_000]], trainer)
+    return str(inner.to_str())
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of all tiny models, a new one each time."""
+    inner = Tokenizer.from_str(_trained())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer

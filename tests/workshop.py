@@ -12,6 +12,7 @@ synced or added to is first cut in half: the kill came in the middle of writing 
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -143,6 +144,7 @@ class Workshop:
                 on_disk: keep hidden states on the disk.
                 save_seconds: between copies of hidden states that are in memory.
                 shard_bytes: of a shard of the checkpoint.
+                file_bytes: most that a file can be; writing more fails.
                 no_disk_check: leave out the comparison of what is needed with what is free.
         """
         assert self._process.stdin is not None
@@ -210,6 +212,8 @@ def _child(request: dict[str, Any], scratch: list[int]) -> None:
     hidden.SAVE_SECONDS = request.get("save_seconds", hidden.SAVE_SECONDS)
     if "shard_bytes" in request:
         writer.ShardWriter.__init__.__defaults__ = (request["shard_bytes"],)
+    if "file_bytes" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     sys.addaudithook(_Hook(request, scratch[2]))
     sys.argv = ["salience", *request["args"]]
     status = 1
