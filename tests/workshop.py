@@ -17,7 +17,9 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -167,10 +169,17 @@ def _serve() -> None:
     import torch
     import transformers
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import salience.cli
-    import salience.pipeline  # noqa: F401
+    import salience.pipeline
 
+    # What is made on the first use took half of each run: Transformers' table of renamings, and
+    # what typer imports when there are options to read.
+    get_checkpoint_conversion_mapping("llama")
+    sys.argv = ["salience", "quantize", "nowhere", "-o", "nowhere"]
+    with redirect_stderr(StringIO()), suppress(SystemExit):
+        salience.cli.main()
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
