@@ -348,12 +348,12 @@ def measured(model: Path, small: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A float model of 260 MiB in shards of 32, and its codes."""
+    """A float model of 130 MiB in shards of 32, and its codes."""
     folder = tmp_path_factory.mktemp("wide")
     config = llama_config(
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=16,
         num_key_value_heads=16,
     )
