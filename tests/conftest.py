@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,10 +13,43 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from salience import placement
 from tiny_models import TEXT, llama_config, make_model, save
+from workshop import Workshop
 
 # More threads than idle cores make each small product wait for the slowest.
 torch.set_num_threads(1)
+
+NO_GPU = not torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cpu_is_the_default() -> Iterator[None]:
+    """A test is about CPUs, on any machine: "auto" is the CPU, and programs that tests start see no
+    GPU. What is about GPUs names the device, or takes it as the argument `device`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(placement, "default_device", lambda: torch.device("cpu"))
+        if torch.cuda.is_available():
+            torch.cuda.init()
+            torch.cuda.device_count()  # is kept from now on, so that only others read the variable
+            patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
+
+
+@pytest.fixture(
+    params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(NO_GPU, reason="no GPU here"))]
+)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the GPU where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def workshop() -> Iterator[Workshop]:
+    """Runs of the command line that start at once."""
+    with Workshop() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

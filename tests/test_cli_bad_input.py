@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from helpers_bad import QUICK, save_llama
 from salience.calibration import Calibration
 from salience.checkpoint import INDEX_NAME
 from salience.cli.app import main
-from workshop import without_warnings
+from workshop import Workshop, without_warnings
 
 Run = Callable[..., str]
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -617,7 +616,7 @@ def test_calibration_that_the_hub_does_not_give(
 def test_device(
     quantize: Run, refuse: Run, model: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for line in (
         quantize("--device", device),
         refuse("eval", model, "--device", device),
@@ -693,17 +692,13 @@ def test_script(model: Path, out: Path) -> None:
     assert list(out.parent.iterdir()) == []
 
 
-def test_full_disk_in_a_process(model: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_in_a_process(
+    workshop: Workshop, model: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The limit on a file's size fails the write of the weights; what was done before is kept."""
-    limit = (60_000, 60_000)
-    done = run(
-        *("quantize", model, "-o", out, *QUICK),
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )
-    assert done.returncode == 2 and done.stdout == ""
-    said = without_warnings(done.stderr)
-    assert said.startswith(f"error: writing {out}.partial/final failed: ")
-    assert said.count("\n") == 1
+    run = workshop("quantize", model, "-o", out, *QUICK, cwd=out.parent, file_bytes=60_000)
+    assert run.status == 2
+    assert run.line.startswith(f"error: writing {out}.partial/final failed: ")
     assert [path.name for path in out.parent.iterdir()] == ["out.partial"]
     goes_on(monkeypatch, model, out)
 

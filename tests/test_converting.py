@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -553,12 +553,6 @@ def test_dense_weights_of_transposed_linears(text_file: Path, tmp_path: Path) ->
 
 
 # Killed, and on a full disk.
-
-
-@pytest.fixture(scope="module")
-def workshop() -> Iterator[Workshop]:
-    with Workshop() as process:
-        yield process
 
 
 def command(out: str = "out") -> tuple[str, ...]:

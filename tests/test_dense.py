@@ -1,7 +1,6 @@
 """quantize --format dense, and --dtype: the folded float weights, and what is stored float."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +149,6 @@ def test_norms_that_fp16_lacks(calibration: Calibration, tmp_path: Path) -> None
         "model.norm.weight overflows fp16",
         "--dtype bfloat16",
     )
-
-
-@pytest.fixture(scope="module")
-def workshop() -> Iterator[Workshop]:
-    with Workshop() as process:
-        yield process
 
 
 def test_killed_and_continued(

@@ -400,8 +400,8 @@ def test_read_refuses_shapes(changes: dict[str, tuple[int, ...]]) -> None:
         ("qzeros", torch.zeros(2, 2).half(), "qzeros must be an int32 matrix, not torch.float16"),
         ("scales", torch.zeros(2, 16).int(), "scales must be float"),
         ("g_idx", torch.zeros(64), "g_idx must be int32 [64], not torch.float32"),
-        ("g_idx", torch.full((64,), 2).int(), "g_idx has 2 to 2, and there are 2 groups"),
-        ("g_idx", torch.full((64,), -1).int(), "g_idx has -1 to -1, and there are 2 groups"),
+        ("g_idx", torch.full((64,), 2).int(), "g_idx has groups 2 to 2, the weight has 0 to 1"),
+        ("g_idx", torch.full((64,), -1).int(), "g_idx has groups -1 to -1, the weight has 0 to 1"),
         *((name, None, f"tensor {name} is missing") for name in SHAPES),
     ],
 )

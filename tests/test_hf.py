@@ -128,14 +128,30 @@ def same_checkpoint(a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_as_salience_loads_it(folder: Callable[..., Path], kind: str) -> None:
-    model, ours = load(folder(kind=kind), dtype=torch.float32), salience.load(folder(kind=kind))
+def test_as_salience_loads_it(folder: Callable[..., Path], kind: str, device: torch.device) -> None:
+    stored, dtype = folder(kind=kind), torch.float32
+    model = load(stored, dtype=dtype, device_map=device)
+    ours = salience.load(stored, device, dtype=dtype)
+    assert {t.device.type for t in model.state_dict().values()} == {device.type}
     own = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
     assert {n: m.kernel for n, m in own.items()} == {
         n: m.kernel for n, m in ours.named_modules() if isinstance(m, QuantLinear)
     }
     assert len(own) == 21
-    assert torch.equal(logits(model), logits(ours))
+    assert same(model, ours, device)
+
+
+def same(a: Any, b: Any, device: torch.device) -> bool:
+    """Whether two models give the same logits; to the bit, on a CPU."""
+    return error(logits(a), logits(b)) <= (1e-6 if device.type == "cuda" else 0)
+
+
+def test_without_a_map_it_is_on_the_cpu(folder: Callable[..., Path]) -> None:
+    """As any model of Transformers is, also where there is a GPU."""
+    for kind in ("float", "awq", "gptq_v1", "nf4"):
+        assert {t.device.type for t in load(folder(kind=kind)).state_dict().values()} == {"cpu"}
+    model = load(folder(), quantization_config=hf.SalienceConfig("nf4"))
+    assert {t.device.type for t in model.state_dict().values()} == {"cpu"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -285,23 +301,46 @@ def test_dtypes_and_device_maps(folder: Callable[..., Path], dtype: Any, device_
     linear = model.model.layers[0].mlp.up_proj
     assert linear.qtensor().scales.dtype == torch.float16
     assert error(logits(model), logits(salience.load(folder(kind="awq")))) < 0.05
-    out = model.generate(random_tokens(1, 8), max_new_tokens=4, do_sample=False)
+    there = "cuda" if device_map == "auto" and torch.cuda.is_available() else "cpu"
+    assert model.device.type == there == linear.get_buffer("packed_0").device.type
+    out = model.generate(random_tokens(1, 8).to(there), max_new_tokens=4, do_sample=False)
     assert out.shape[0] == 1 and 9 <= out.shape[1] <= 12
 
 
-def test_offloaded_to_disk(folder: Callable[..., Path], tmp_path: Path) -> None:
-    """Floats are; packed weights are buffers, and stay."""
-    stored = folder(kind="awq")
-    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
-    places = dict.fromkeys([*parts, "model.layers.0", "model.layers.2"], "cpu")
-    options = {"device_map": places | {"model.layers.1": "disk"}, "offload_folder": tmp_path}
+def test_offloaded(folder: Callable[..., Path], tmp_path: Path, device: torch.device) -> None:
+    """Floats are; packed weights are buffers, and stay where they run."""
+    stored, first = folder(kind="awq"), 0 if device.type == "cuda" else "cpu"
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"]
+    places = dict.fromkeys(parts, first) | {"model.layers.1": "disk", "model.layers.2": "cpu"}
+    options = {"device_map": places, "offload_folder": tmp_path}
     model = load(stored, **options)
     assert model.model.layers[1].input_layernorm.weight.is_meta
-    assert not model.model.layers[1].mlp.up_proj.get_buffer("packed_0").is_meta
-    assert torch.equal(logits(model), logits(load(stored)))
+    for layer in model.model.layers:
+        assert layer.mlp.up_proj.get_buffer("packed_0").device.type == device.type
+    assert same(model, load(stored, device_map=device), device)
     model.save_pretrained(tmp_path / "out")
     same_checkpoint(stored, tmp_path / "out")
     refuse(lambda: load(stored, offload_buffers=True, **options), "without offload_buffers")
+
+
+@pytest.mark.parametrize("scheme", ["w4g32", "nf4-dq"])
+def test_rounded_over_devices(
+    folder: Callable[..., Path], device: torch.device, scheme: str
+) -> None:
+    """What lies beside a GPU runs on it, and is packed for it."""
+    first, config = 0 if device.type == "cuda" else "cpu", hf.SalienceConfig(scheme)
+    parts = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
+    places = dict.fromkeys([*parts, "model.layers.0", "model.layers.2"], first)
+    model = load(
+        folder(), quantization_config=config, device_map=places | {"model.layers.1": "cpu"}
+    )
+    whole = load(folder(), quantization_config=config, device_map=device)
+    for layer, other in zip(model.model.layers, whole.model.layers, strict=True):
+        packed = layer.mlp.up_proj
+        assert packed.get_buffer("packed_0").device.type == device.type
+        assert packed.kernel == other.mlp.up_proj.kernel
+    assert same(model, whole, device)
+    assert error(logits(model), logits(load(folder(), quantization_config=config))) < 0.05
 
 
 @pytest.mark.slow
@@ -334,18 +373,29 @@ def test_sharded(folder: Callable[..., Path], tmp_path: Path) -> None:
     assert torch.equal(logits(load(tmp_path / "out")), logits(model))
 
 
-def test_moving_keeps_the_weight(folder: Callable[..., Path]) -> None:
-    model = load(folder(kind="awq"), dtype=torch.float32)
+@pytest.mark.parametrize("kind", ["awq", "gptq_act_order", "nf4-dq"])
+def test_moving_keeps_the_weight(
+    folder: Callable[..., Path], kind: str, device: torch.device
+) -> None:
+    model = load(folder(kind=kind), dtype=torch.float32)
     before = logits(model)
     qt = model.model.layers[0].mlp.up_proj.qtensor()
-    model.to("cpu").to(torch.bfloat16)
-    moved = model.model.layers[0].mlp.up_proj.qtensor()
-    assert torch.equal(moved.scales, qt.scales) and moved.scales.dtype == qt.scales.dtype
-    assert model.model.norm.weight.dtype == torch.bfloat16
+    model.to(device)
     assert error(logits(model), before) < 0.05
-    model.to("meta")  # another kind of device: packed anew for it
-    linear = model.model.layers[0].mlp.up_proj
-    assert linear.kernel == "reference" and linear.get_buffer("packed_0").is_meta
+    if kind == "awq":  # Transformers casts no model of the other methods
+        model.to(torch.bfloat16)
+        assert model.model.norm.weight.dtype == torch.bfloat16
+        assert error(logits(model), before) < 0.05
+    moved = model.model.layers[0].mlp.up_proj.qtensor()
+    assert moved.scales.device.type == device.type
+    assert torch.equal(moved.scales.cpu(), qt.scales) and moved.scales.dtype == qt.scales.dtype
+    assert torch.equal(moved.q.cpu(), qt.q)
+    model.to("cpu")
+    assert error(logits(model), before) < 0.05
+    if kind == "awq":
+        model.to("meta")  # another kind of device: packed anew for it
+        linear = model.model.layers[0].mlp.up_proj
+        assert linear.kernel == "reference" and linear.get_buffer("packed_0").is_meta
 
 
 MOE = Qwen3MoeConfig(

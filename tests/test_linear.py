@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from salience import grid
+from salience import grid, kernels
 from salience.errors import SalienceError
 from salience.linear import QuantEmbedding, QuantLinear, packed_bytes
 from salience.qtensor import QTensor
@@ -95,6 +95,50 @@ def test_moves_to_another_device() -> None:
     assert linear(torch.empty(2, 64, device="meta")).shape == (2, 32)
 
 
+# Kernel, scheme: each is on one device or on both.
+HELD = [(None, "w4g32"), ("reference", "w4g32"), ("cpu_int4", "w4g32"), (None, "w3g32")]
+HELD += [(None, "w8g32"), (None, "w2g16"), (None, "w4channel"), (None, "nf4"), (None, "nf4-dq")]
+
+
+@pytest.mark.parametrize(("kernel", "scheme"), HELD)
+@pytest.mark.parametrize("act_order", [False, True])
+def test_there_and_back(
+    device: torch.device, kernel: str | None, scheme: str, act_order: bool
+) -> None:
+    """On another kind of device packed for a kernel that is there; the weight is the same."""
+    qt = make(scheme)
+    if act_order:
+        if qt.scheme.codebook or qt.scheme.group_size == -1:
+            pytest.skip("has no such order")
+        order = torch.randperm(64, generator=torch.Generator().manual_seed(1))
+        g_idx = (torch.arange(64) // qt.scheme.group_size)[order].int()
+        qt = QTensor(qt.q, qt.scales, qt.zeros, qt.scheme, g_idx)
+    bias, x = torch.randn(32), torch.randn(3, 64)
+    linear = QuantLinear(qt, bias, kernel or "auto", torch.float16)
+    want = (x.double() @ qt.dequantize(torch.float64).T + bias).to(device)
+    linear.to(device)
+    assert all(buffer.device.type == device.type for buffer in linear.buffers())
+    assert kernels.backend(linear.kernel).supports(qt.scheme, device, 64, 32)
+    assert linear.weight.device.type == device.type and linear.weight.dtype == torch.float16
+    half = torch.float16 if device.type == "cuda" else torch.float32
+    y = linear(x.to(device, half))
+    assert (y.double() - want).norm() <= 1e-2 * want.norm()
+    for there in (linear, linear.half(), linear.to("cpu")):
+        found = there.qtensor()
+        for name in ("q", "scales", "zeros", *(["g_idx"] if act_order else [])):
+            left, right = getattr(found, name).cpu(), getattr(qt, name)
+            assert torch.equal(left, right) and left.dtype == right.dtype
+    assert (linear(x).double() - want.cpu()).norm() <= 1e-2 * want.norm()
+
+
+def test_embeddings_there_and_back(device: torch.device) -> None:
+    embedding, ids = QuantEmbedding(make(), torch.float32), torch.tensor([[3, 1, 31]])
+    want = make().dequantize()[ids]
+    assert torch.equal(embedding.to(device)(ids.to(device)).cpu(), want)
+    assert embedding.weight.device.type == device.type
+    assert torch.equal(embedding.to("cpu")(ids), want)
+
+
 def test_no_bias() -> None:
     linear = QuantLinear(make())
     assert linear.bias is None
@@ -174,13 +218,13 @@ def test_weight_has_no_values(use: Callable[[torch.Tensor], object]) -> None:
 
 @pytest.mark.parametrize("scheme", ["w4g32", "w3g32", "nf4", "nf4-dq", "w8channel"])
 @pytest.mark.parametrize("rows", [48, 1552])
-def test_packed_bytes(scheme: str, rows: int) -> None:
+def test_packed_bytes(scheme: str, rows: int, device: torch.device) -> None:
     """From some rows, what all of them take."""
-    weight = torch.randn(rows, 64)
+    weight = torch.randn(rows, 64).to(device)
     qt = grid.quantize(weight, Scheme.parse(scheme))
     for kernel in ("auto", None):
         module = QuantLinear(qt) if kernel else QuantEmbedding(qt, torch.float32)
         want = sum(buffer.nbytes for buffer in module.buffers())
-        found = packed_bytes(qt.scheme, (rows, 64), torch.device("cpu"), kernel)
+        found = packed_bytes(qt.scheme, (rows, 64), device, kernel)
         tables = 0 if kernel is None or qt.nested is None else 2 * qt.nested.table.nbytes + 256
         assert abs(found - want) <= 0.003 * want + tables  # which are not made of rows

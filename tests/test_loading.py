@@ -22,6 +22,7 @@ from salience.formats import get_format
 from salience.inspection import inspect
 from salience.linear import QuantLinear
 from salience.loading import resolve_device
+from salience.placement import default_device
 from salience.scheme import Scheme
 from salience.source import open_source
 from tiny_architectures import architecture
@@ -181,8 +182,17 @@ def test_kernels(quantized: Path) -> None:
         salience.load(quantized, kernel="marlin")
 
 
-def test_dtype_of_quantized(quantized: Path) -> None:
-    model = salience.load(quantized, dtype=torch.bfloat16)
+def test_where_it_is_and_in_which_dtype(quantized: Path, device: torch.device) -> None:
+    """fp32 on a CPU; on a GPU the checkpoint's own."""
+    model = salience.load(quantized, device)
+    assert {t.device.type for t in model.state_dict().values()} == {device.type}
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    assert {p.dtype for p in model.parameters()} == {model.dtype} == {dtype}
+    assert error(logits(model), logits(salience.load(quantized, kernel="reference"))) < 5e-2
+
+
+def test_dtype_of_quantized(quantized: Path, device: torch.device) -> None:
+    model = salience.load(quantized, device, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     found = logits(model)
     assert found.dtype == torch.bfloat16
@@ -271,14 +281,21 @@ def test_formats_that_are_not_read(quantized: Path, tmp_path: Path) -> None:
         salience.load(tmp_path / "out")
 
 
-def test_resolve_device() -> None:
-    assert resolve_device("cpu") == torch.device("cpu")
-    if not torch.cuda.is_available():
-        assert resolve_device("auto") == torch.device("cpu")
-        with pytest.raises(SalienceError, match="device cuda is not on this machine"):
-            resolve_device("cuda")
-    with pytest.raises(SalienceError, match="'chip' is not understood"):
+def test_resolve_device(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve_device(device) == device == resolve_device(str(device))
+    assert resolve_device("auto") == torch.device("cpu")  # in all of these tests
+    monkeypatch.setattr("salience.placement.default_device", lambda: device)
+    assert resolve_device("auto") == device
+    with pytest.raises(SalienceError, match=r"device cuda:99 is not on this machine; use cpu"):
+        resolve_device("cuda:99")
+    with pytest.raises(SalienceError, match="not understood"):
         resolve_device("chip")
+
+
+def test_the_default_is_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    for there in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert default_device().type == ("cuda" if there else "cpu")
 
 
 def test_the_public_name_stays_a_function(llama: Path) -> None:

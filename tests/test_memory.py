@@ -34,10 +34,10 @@ def quantized(source: Path, out: Path, text: Path, *options: str) -> dict[str, A
     return json.loads(printed) | {"peak": int(peak)}
 
 
-def wide(layers: int, folder: Path) -> Path:
+def wide(layers: int, folder: Path, intermediate_size: int = 1536) -> Path:
     config = llama_config(
         hidden_size=512,
-        intermediate_size=1536,
+        intermediate_size=intermediate_size,
         num_hidden_layers=layers,
         num_attention_heads=8,
         num_key_value_heads=8,
@@ -47,21 +47,21 @@ def wide(layers: int, folder: Path) -> Path:
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_blocks(tmp_path: Path, text_file: Path) -> None:
-    """32 blocks have 340 MiB more fp32 weights than 4, and the process the same peak."""
+    """20 blocks have 200 MiB more fp32 weights than 4, and the process the same peak."""
     options = ("--samples", "2", "--seqlen", "64", "--only", "q_proj")
     peaks = {
         layers: quantized(
             wide(layers, tmp_path / f"in{layers}"), tmp_path / f"out{layers}", text_file, *options
         )["peak"]
-        for layers in (4, 32)
+        for layers in (4, 20)
     }
-    assert abs(peaks[32] - peaks[4]) < 0.05 * peaks[4]
+    assert abs(peaks[20] - peaks[4]) < 0.05 * peaks[4]
 
 
 @pytest.mark.slow
 def test_peak_memory_stays_under_what_is_allowed(tmp_path: Path, text_file: Path) -> None:
     """With hidden states of 64 MiB and half of that left for them, they go to the disk."""
-    source = wide(2, tmp_path / "in")
+    source = wide(2, tmp_path / "in", intermediate_size=512)
     options = ("--samples", "64", "--seqlen", "512", "--only", "q_proj")
     command = [sys.executable, "-m", "salience", "plan", str(source), "--device", "cpu", "--json"]
     command += ["--scheme", "w4g32", *options, "-o", str(tmp_path / "out")]

@@ -18,7 +18,8 @@ from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.linear import QuantLinear
 from salience.placement import OffloadFolder, Placement, input_device, main_device
 from salience.source import open_source
-from tiny_models import llama_config, logits, make_model, save
+from tiny_models import error, llama_config, logits, make_model, random_tokens, save
+from workshop import Workshop
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -88,6 +89,50 @@ def test_formats_from_disk(
     )
     assert torch.equal(logits(model), logits(plain)) and logits(model).dtype == dtype
     assert on_disk(model) == set(plain.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "format", "rules"),
+    [
+        ("w4g32", "awq", ()),
+        ("w3g32", "compressed-tensors", ("embed_tokens=w8g32", "lm_head=w8g32")),
+        ("nf4-dq", "bitsandbytes", ()),
+    ],
+)
+def test_over_devices(
+    llama: Path, tmp_path: Path, device: torch.device, scheme: str, format: str, rules: tuple[str]
+) -> None:
+    """Some on the GPU, some beside it: all runs there, packed for it, and says the same."""
+    out = quantized(llama, tmp_path / "out", scheme, format, *rules)
+    plain = salience.load(out, device, dtype=torch.float32)
+    first = f"{device.type}:0" if device.type == "cuda" else "cpu"
+    own = {"": first, "model.layers.1": "cpu", "model.layers.2": "disk"}
+    total = memory(plain)
+    share: dict[str | int, int] = {"cpu": total // 3}
+    if device.type == "cuda":
+        share[0] = total // 2
+    for options in ({"device_map": own}, {"device_map": "auto", "max_memory": share}):
+        model = salience.load(
+            out, device, dtype=torch.float32, offload_folder=tmp_path / "disk", **options
+        )
+        assert on_disk(model) and input_device(model).type == device.type
+        assert kernels_of(model) == kernels_of(plain)
+        for _ in range(2):
+            assert error(logits(model), logits(plain)) <= (device.type == "cuda") * 1e-6
+        if device.type == "cuda":
+            assert memory(model) < total
+    assert model.generate(random_tokens(1, 8).to(device), max_new_tokens=2).shape[1] in (9, 10)
+
+
+def kernels_of(model: Any) -> dict[str, str]:
+    return {name: m.kernel for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+
+
+@pytest.mark.parametrize("kind", ["auto", "balanced", "sequential"])
+def test_automatic_maps_take_what_is_free(awq: Path, kind: str, device: torch.device) -> None:
+    model = salience.load(awq, device, device_map=kind)
+    assert {t.device.type for t in model.state_dict().values()} == {device.type}
+    assert torch.isfinite(logits(model)).all()
 
 
 @pytest.mark.parametrize("kind", ["tied", "biases", "stacked experts"])
@@ -303,12 +348,12 @@ def measured(model: Path, small: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A float model of 260 MiB in shards of 32, and its codes."""
+    """A float model of 130 MiB in shards of 32, and its codes."""
     folder = tmp_path_factory.mktemp("wide")
     config = llama_config(
         hidden_size=1024,
         intermediate_size=4096,
-        num_hidden_layers=8,
+        num_hidden_layers=4,
         num_attention_heads=16,
         num_key_value_heads=16,
     )
@@ -332,15 +377,17 @@ def test_memory_of_loading(wide: dict[str, Path], llama: Path, tmp_path: Path) -
         assert disk["loading"] <= shard + 48 * MIB and disk["running"] <= shard + 48 * MIB
 
 
-def test_command_line(awq: Path, tmp_path: Path) -> None:
+def test_command_line(awq: Path, workshop: Workshop, tmp_path: Path) -> None:
     """`eval` with half of the model on the disk, and what it says where that cannot be."""
-    options = ["--text", str(tmp_path / "text.txt"), "--context", "32", "--max-chunks", "2"]
-    (tmp_path / "text.txt").write_text("It is a truth universally acknowledged. " * 40)
-    program = [sys.executable, "-m", "salience", "eval", str(awq), "--device", "cpu", "--json"]
+    place = tmp_path.resolve()
+    (place / "text.txt").write_text("It is a truth universally acknowledged. " * 40)
+    command = ("eval", awq, "--device", "cpu", "--json", "--text", "text.txt")
+    command += ("--context", "32", "--max-chunks", "2")
     found = []
-    for more in ([], ["--max-memory", "200KB", "--offload-folder", str(tmp_path / "disk")]):
-        done = subprocess.run([*program, *options, *more], capture_output=True, check=True)
-        found.append(json.loads(done.stdout)["perplexity"])
+    for more in ((), ("--max-memory", "200KB", "--offload-folder", "disk")):
+        run = workshop(*command, *more, cwd=place)
+        assert (run.status, run.stderr) == (0, "")
+        found.append(json.loads(run.stdout)["perplexity"])
     assert found[0] == found[1]
-    done = subprocess.run([*program, *options, "--device-map", "disk"], capture_output=True)
-    assert done.returncode == 3 and b"--offload-folder FOLDER" in done.stderr
+    refused = workshop(*command, "--device-map", "disk", cwd=place)
+    assert refused.status == 3 and "--offload-folder FOLDER" in refused.line

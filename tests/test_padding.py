@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,6 +21,7 @@ from transformers import (
 
 import salience
 from helpers_checkpoint import config_of, dequantized, qtensors, refuse, same_files, stored_tensors
+from helpers_gguf import write_gguf
 from salience.calibration import Calibration
 from salience.padding import PaddedSource, pad
 from salience.source import Source, open_source
@@ -172,27 +172,6 @@ def test_gguf(tmp_path: Path) -> None:
     assert found.get_parameter("model.layers.0.mlp.down_proj.weight").shape == (64, 128)
     assert error(logits(found), logits(dense(source))) < 1e-6
     assert padded(source, 64).config_values()["intermediate_size"] == 128
-
-
-def write_gguf(model: Any, path: Path) -> None:
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(512)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        stored = names.get_name(name, try_suffixes=(".weight",))
-        writer.add_tensor(stored, tensor.float().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_the_width_of_a_text_model_within_another(tmp_path: Path) -> None:

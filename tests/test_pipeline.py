@@ -8,8 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import gguf
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -27,13 +25,14 @@ from transformers import (
 
 import salience
 from helpers_checkpoint import dequantized, same_files
+from helpers_gguf import write_gguf
 from salience import assemble as assembling
 from salience import block, containers, engine, pipeline
 from salience.calibration import Calibration
 from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.grid import Grid
 from salience.journal import Journal
-from salience.methods import Problem
+from salience.methods import Problem, get_method
 from salience.report import Report
 from salience.structure import find_blocks
 from tiny_models import (
@@ -211,6 +210,18 @@ def test_awq_is_closer_than_rtn(awq: tuple[Path, Report], llama: Path, tmp_path:
     assert errors[0] < 0.9 * errors[1]
 
 
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_on_each_device(
+    llama: Path, calibration: Calibration, tmp_path: Path, device: torch.device, method: str
+) -> None:
+    """A job on a GPU, from the text to a model that runs there, or on a CPU."""
+    options: dict[str, Any] = {"scheme": "w4g32", "calibration": calibration, "method": method}
+    report = salience.quantize(str(llama), tmp_path / "out", device=str(device), **options)
+    assert report.device == str(device) and report.error < 0.9 * report.error_rtn
+    found = logits(salience.load(tmp_path / "out", device, dtype=torch.float32))
+    assert error(found, logits(salience.load(llama))) < 0.5
+
+
 def test_rtn_weights_are_the_rounded_source(llama: Path, tmp_path: Path) -> None:
     salience.quantize(str(llama), tmp_path / "rtn", method="rtn", scheme="w4g32")
     dense, source = dequantized(tmp_path / "rtn"), load_file(llama / "model.safetensors")
@@ -367,7 +378,7 @@ def test_linear_that_the_method_does_not_help(
     llama: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A search that clips nearly all away is not believed."""
-    right = pipeline.get_method("awq")
+    right = get_method("awq")
 
     def narrow(problem: Problem) -> Grid:
         found = right.grids(problem)
@@ -375,7 +386,7 @@ def test_linear_that_the_method_does_not_help(
         return found if scales is None else found._replace(scales=scales)
 
     method = replace(right, grids=narrow)
-    monkeypatch.setattr(pipeline, "get_method", lambda *_args: method)
+    monkeypatch.setattr("salience.prepare.get_method", lambda *_args: method)
     report = salience.quantize(
         str(llama), tmp_path / "out", scheme="w4g32", calibration=calibration
     )
@@ -580,58 +591,6 @@ def test_bfloat16_source_overflowing_fp16(tmp_path: Path, calibration: Calibrati
     with pytest.raises(SalienceError, match=r"model\.norm\.weight overflows fp16"):
         salience.quantize(str(source), tmp_path / "out", scheme="w4g32", calibration=calibration)
     assert not (tmp_path / "out").exists()
-
-
-def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """The order of rows in which llama.cpp keeps q and k."""
-    halves = weight.reshape(heads, 2, weight.shape[0] // heads // 2, *weight.shape[1:])
-    return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def write_gguf(model: Any, path: Path) -> None:
-    """A llama GGUF with F16 attention and Q8_0 MLPs, as llama.cpp's converter lays it out."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    tokenizer = make_tokenizer()
-    inner = json.loads(tokenizer.backend_tokenizer.to_str())
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    special = set(tokenizer.all_special_tokens)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list([token for token, _ in vocabulary])
-    writer.add_token_types([3 if token in special else 1 for token, _ in vocabulary])
-    writer.add_token_merges([" ".join(pair) for pair in inner["model"]["merges"]])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(0)
-    writer.add_chat_template(tokenizer.chat_template)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.rpartition(".")
-        stored = f"{names.get_name(owner)}.{leaf}"
-        values = tensor.numpy()
-        if "q_proj" in name or "k_proj" in name:
-            heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
-            values = permuted(values, heads)
-        if values.ndim == 1:
-            writer.add_tensor(stored, values.astype(np.float32))
-        elif ".mlp." in name:
-            kind = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(stored, gguf.quants.quantize(values, kind), raw_dtype=kind)
-        else:
-            writer.add_tensor(stored, values.astype(np.float16))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 def test_gguf_source(llama: Path, calibration: Calibration, tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from helpers_checkpoint import config_of, dequantized, qtensors, same_files, sto
 from salience import grid, pipeline
 from salience.calibration import Calibration
 from salience.errors import SalienceError
-from salience.formats import get_format
-from salience.methods import get_method
 from salience.plan import Budget, make_plan
+from salience.prepare import prepare
 from salience.report import Report
 from salience.scheme import Scheme
 from salience.source import open_source
@@ -439,15 +438,8 @@ def test_max_memory_puts_hidden_states_on_the_disk(
     monkeypatch.setattr("salience.plan.peak_rss_bytes", lambda: 0)
     options: dict[str, Any] = {"scheme": "w4g32", "calibration": calibration}
     salience.quantize(str(two), tmp_path / "memory", max_memory=2**33, **options)
-    need = make_plan(
-        open_source(str(two)),
-        dict.fromkeys(qtensors(tmp_path / "memory"), Scheme(4, 32)),
-        get_format("awq"),
-        calibration,
-        get_method("awq"),
-        torch.device("cpu"),
-        tmp_path,
-    ).ram_bytes
+    job = prepare(str(two), scheme="w4g32", device="cpu").job
+    need = make_plan(job, calibration, tmp_path).ram_bytes
     salience.quantize(str(two), tmp_path / "disk", max_memory=need - 1, **options)
     assert seen == [False, True]
     same_files(tmp_path / "memory", tmp_path / "disk")

@@ -1,5 +1,7 @@
 """The plan against what quantize() then writes."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,17 @@ from safetensors.torch import load_file
 from transformers import Qwen2Config
 
 import salience
+from helpers_checkpoint import refuse
 from salience import plan as module
 from salience.calibration import Calibration
+from salience.cli.app import main
 from salience.errors import DoesNotFitError, SalienceError
-from salience.formats import AutoAwq, Gguf, get_format
+from salience.formats import AutoAwq, Gguf
 from salience.methods import get_method
 from salience.plan import Budget, Plan, checkpoint_bytes, choose_budget, device_memory, make_plan
+from salience.prepare import prepare
 from salience.recipe import Recipe
+from salience.report import read_report
 from salience.scheme import Scheme
 from salience.source import open_source
 from salience.structure import find_blocks, linears
@@ -39,18 +45,17 @@ def plan(
     fmt: str = "awq",
     max_memory: int | None = None,
 ) -> Plan:
-    source = open_source(str(folder))
-    chosen = get_method(method, effort)
-    return make_plan(
-        source,
-        schemes_of(source.skeleton(), Recipe(Scheme.parse(scheme), rules)),
-        get_format(fmt),
-        Calibration(samples=samples, seqlen=128) if chosen.reads_text else None,
-        chosen,
-        CPU,
-        out or folder,
-        max_memory,
-    )
+    job = prepare(
+        str(folder),
+        method=method,
+        effort=effort,
+        scheme=scheme,
+        rules=rules,
+        format=fmt,
+        device="cpu",
+    ).job
+    text = Calibration(samples=samples, seqlen=128) if job.method.reads_text else None
+    return make_plan(job, text, out or folder, max_memory)
 
 
 def budget(folder: Path, max_memory: int | None, method: str = "awq", samples: int = 64) -> Budget:
@@ -293,3 +298,44 @@ def test_checkpoint_bytes_by_hand(llama: Path) -> None:
     assert checkpoint_bytes(model, schemes, AutoAwq()) == codes + groups + 2 * floats
     # GGUF has a scale and a minimum for each 32 columns: 20 bytes.
     assert checkpoint_bytes(model, schemes, Gguf()) == 3 * per_block // 32 * 20 + 2 * floats
+
+
+def refused(*words: str, **options: Any) -> None:
+    refuse(lambda: prepare(device="cpu", **options), *words)
+
+
+def test_padding_and_gpus_as_quantize_takes_them(tmp_path: Path) -> None:
+    """What is planned is what is made, and what is refused is refused before."""
+    odd = str(save(make_model(llama_config(intermediate_size=72)), tmp_path / "odd"))
+    refused("group size 64 does not divide the 72 inputs", model=odd, scheme="w4g64")
+    prepared = prepare(odd, scheme="w4g64", method="rtn", device="cpu", pad_intermediate=64)
+    assert prepared.padding == (72, 128)
+    expected = make_plan(prepared.job, None, tmp_path)
+    out = tmp_path / "out"
+    salience.quantize(odd, out, method="rtn", scheme="w4g64", pad_intermediate=64)
+    tensors = load_file(out / "model.safetensors").values()
+    assert expected.disk_bytes == pytest.approx(sum(t.nbytes for t in tensors), rel=0.01)
+    assert [asdict(each) for each in prepared.serving] == read_report(out).serving
+    refused("on each of 2", "layers.0", model=odd, scheme="w4g8", tensor_parallel=2)
+    refused("--tensor-parallel is 0", model=odd, scheme="w4g8", tensor_parallel=0)
+
+
+def test_padding_is_planned_without_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read(*_args: object) -> None:
+        raise AssertionError("a weight was read")
+
+    odd = save(make_model(llama_config(intermediate_size=72)), tmp_path / "odd")
+    monkeypatch.setattr("salience.checkpoint.SafetensorsCheckpoint.tensor", read)
+    options = ["--scheme", "w4g64", "--pad-intermediate", "64", "--out", str(tmp_path)]
+    for more in ([], ["--json"]):
+        monkeypatch.setattr("sys.argv", ["salience", "plan", str(odd), *options, *more])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert not stop.value.code
+    text, _, json_line = capsys.readouterr().out.rstrip().rpartition("\n")
+    assert "72 widened to 128" in text and "vLLM and SGLang" in text
+    values = json.loads(json_line)
+    assert values["intermediate_size"] == [72, 128]
+    assert {each["runtime"] for each in values["serving"]} == {"vllm", "sglang"}

@@ -44,7 +44,7 @@ def test_round_trip(
     blocks: list[BlockReport],
     text: str,
 ) -> None:
-    folder = tmp_path_factory.mktemp("report")
+    folder = tmp_path_factory.getbasetemp()  # a new one each time takes longer than the rest
     whole = Report(text, "o", "awq", "fast", "w4", "awq", {"text": text}, "cpu", {"torch": "2"})
     whole.linears, whole.blocks, whole.folds = linears, blocks, [{"prev": text, "sinks": [text]}]
     write(folder, asdict(whole))

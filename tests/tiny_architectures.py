@@ -171,7 +171,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "num_dense_layers": 1,
     },
     "lfm3": {},
-    "longcat_flash": _MLA,
+    "longcat_flash": {**_MLA, "zero_expert_num": 4},
     "mamba2": {"num_heads": 8, "head_dim": 16, "expand": 2, "state_size": 16},
     "mellum": {},
     "mimo_v2_flash": {},

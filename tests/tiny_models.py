@@ -1,5 +1,6 @@
 """Tiny random checkpoints with a real tokenizer, for tests that need a whole model folder."""
 
+import functools
 from pathlib import Path
 from pydoc_data import topics
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from salience.calibration import BlockArguments, record_inputs
+from salience.placement import input_device
 
 VOCABULARY = 320
 SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
@@ -20,8 +22,9 @@ CHAT_TEMPLATE = (
 TEXT = "".join(topics.topics[key] + "\n" for key in sorted(topics.topics))
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer, trained on Python's documentation."""
+@functools.cache
+def _trained() -> str:
+    """A byte-level BPE, trained on Python's documentation, as JSON."""
     inner = Tokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
@@ -32,6 +35,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     inner.train_from_iterator([TEXT[:200_000]], trainer)
+    return str(inner.to_str())
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """The tokenizer of all tiny models, a new one each time."""
+    inner = Tokenizer.from_str(_trained())
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|end|>")
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -99,8 +108,9 @@ def first_inputs(model: Any, blocks: nn.ModuleList) -> tuple[Tensor, BlockArgume
 
 @torch.no_grad()
 def logits(model: Any, tokens: Tensor | None = None) -> Tensor:
-    """The logits of a model on a few random tokens."""
-    return model(input_ids=random_tokens() if tokens is None else tokens, use_cache=False).logits
+    """The logits of a model, wherever it is, on a few random tokens; on the CPU."""
+    ids = (random_tokens() if tokens is None else tokens).to(input_device(model))
+    return model(input_ids=ids, use_cache=False).logits.cpu()
 
 
 def error(value: Tensor, reference: Tensor) -> float:

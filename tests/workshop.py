@@ -12,11 +12,14 @@ synced or added to is first cut in half: the kill came in the middle of writing 
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field
+from io import StringIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -143,6 +146,7 @@ class Workshop:
                 on_disk: keep hidden states on the disk.
                 save_seconds: between copies of hidden states that are in memory.
                 shard_bytes: of a shard of the checkpoint.
+                file_bytes: most that a file can be; writing more fails.
                 no_disk_check: leave out the comparison of what is needed with what is free.
         """
         assert self._process.stdin is not None
@@ -165,10 +169,17 @@ def _serve() -> None:
     import torch
     import transformers
     import transformers.models.llama.modeling_llama  # noqa: F401
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import salience.cli
-    import salience.pipeline  # noqa: F401
+    import salience.pipeline
 
+    # What is made on the first use took half of each run: Transformers' table of renamings, and
+    # what typer imports when there are options to read.
+    get_checkpoint_conversion_mapping("llama")
+    sys.argv = ["salience", "quantize", "nowhere", "-o", "nowhere"]
+    with redirect_stderr(StringIO()), suppress(SystemExit):
+        salience.cli.main()
     torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
@@ -210,6 +221,8 @@ def _child(request: dict[str, Any], scratch: list[int]) -> None:
     hidden.SAVE_SECONDS = request.get("save_seconds", hidden.SAVE_SECONDS)
     if "shard_bytes" in request:
         writer.ShardWriter.__init__.__defaults__ = (request["shard_bytes"],)
+    if "file_bytes" in request:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_bytes"],) * 2)
     sys.addaudithook(_Hook(request, scratch[2]))
     sys.argv = ["salience", *request["args"]]
     status = 1

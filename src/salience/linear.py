@@ -98,23 +98,19 @@ class QuantLinear(nn.Module):
         """What `to`, `cuda` and `half` do. Scales are never cast: they are exact as they are. On
         another kind of device the weight is packed anew, for the fastest kernel there.
         """
+        device = self.get_buffer(self._packed_names[0]).device
+        place = fn(torch.empty(0, dtype=torch.uint8, device=device)).device
+        if place.type != device.type:
+            fresh = QuantLinear(self.qtensor().to(place), self.bias, dtype=self._dtype)
+            self.kernel, self._packed_names = fresh.kernel, fresh._packed_names
+            self._buffers = fresh._buffers
         packed = {name: self.get_buffer(name) for name in self._packed_names}
         for name in packed:
             del self._buffers[name]
         super()._apply(fn, recurse)
-        device = next(iter(packed.values())).device
-        place = fn(torch.empty(0, dtype=torch.uint8, device=device)).device
-        if place.type == device.type:
-            for name, tensor in packed.items():
-                data = fn(tensor.flatten().view(torch.uint8))  # bytes, which `half` leaves alone
-                self._buffers[name] = data.view(tensor.dtype).view(tensor.shape)
-            return self
-        self._buffers.update(packed)
-        fresh = QuantLinear(self.qtensor().to(place), dtype=self._dtype)
-        self.kernel, self._packed_names = fresh.kernel, fresh._packed_names
-        for name in packed:
-            del self._buffers[name]
-        self._buffers.update(fresh._buffers | {"bias": self.bias})
+        for name, tensor in packed.items():
+            data = fn(tensor.flatten().view(torch.uint8))  # bytes, which `half` leaves alone
+            self._buffers[name] = data.view(tensor.dtype).view(tensor.shape)
         return self
 
     def extra_repr(self) -> str:

@@ -280,11 +280,11 @@ class _Loader:
             module = QuantLinear(qt, bias, self.kernel, self.dtype)
         del qt
         place = self.placement.lies(name)
-        if place is None:
-            for local, buffer in list(module.named_buffers()):
-                setattr(module, local, self.offload.write(f"{name}.{local}", buffer))
-        else:
-            module.to(place)
+        for local, buffer in list(module.named_buffers()):
+            # Bytes alone: `module.to` would pack them for the device that they only lie on.
+            full = f"{name}.{local}"
+            moved = self.offload.write(full, buffer) if place is None else buffer.to(place)
+            setattr(module, local, moved)
         self.model.set_submodule(name, module)
         self._trim(math.prod(self.coded[name].shape))
 

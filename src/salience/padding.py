@@ -108,7 +108,7 @@ class PaddedCheckpoint:
 
 
 def pad(
-    source: Source, multiple: int, device: torch.device
+    source: Source, multiple: int, device: torch.device, prove: bool = True
 ) -> tuple[Source, tuple[int, int] | None]:
     """A source whose `intermediate_size` is a multiple, proved to compute the same.
 
@@ -116,6 +116,7 @@ def pad(
         source: a float model.
         multiple: what shall divide it.
         device: where blocks run.
+        prove: without it no weights are read, and nothing is proved.
 
     Returns:
         The padded source and its width before and after; the source itself and None where nothing
@@ -136,7 +137,8 @@ def pad(
     model = source.skeleton()
     check_source(source, model, source.weights(model))
     padded = _padded(source, (width, wider), option)
-    _prove(source, padded, device, option)
+    if prove:
+        _prove(source, padded, device, option)
     return padded, padded.widths
 
 

@@ -12,7 +12,7 @@ beside the output, so that after a kill the same command goes on from there.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,32 +21,19 @@ import torch
 
 from salience.assemble import assemble, collect
 from salience.calibration import Calibration
-from salience.containers import check_container
 from salience.engine import run_blocks
 from salience.errors import SalienceError
-from salience.formats import Dense, get_format
 from salience.job import Job, Progress, identity
 from salience.journal import Journal, check_output, held_bytes, is_published
-from salience.loading import read_tensor, resolve_device
+from salience.loading import read_tensor
 from salience.machine import peak_rss_bytes
-from salience.methods import check_method, default_format, default_scheme, get_method
-from salience.padding import pad
-from salience.plan import (
-    check_act_order,
-    check_schemes,
-    check_source,
-    checkpoint_bytes,
-    choose_budget,
-    mean_bits,
-)
-from salience.recipe import Recipe
+from salience.plan import checkpoint_bytes, choose_budget, mean_bits
+from salience.prepare import prepare
 from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
-from salience.serving import Finding, findings, rejection, summary
-from salience.source import open_source
-from salience.structure import codable, find_blocks, kept
-from salience.writer import check_disk, check_file, float_dtype
+from salience.serving import summary
+from salience.writer import check_disk, check_file
 
 
 def quantize(
@@ -127,66 +114,44 @@ def quantize(
     made = search.info if search is not None else {}
     method = str(made.get("method", "awq")) if method is None else method
     effort = str(made.get("effort", "fast")) if effort is None else effort
-    chosen = get_method(method, effort, act_order)
     if act_order and (from_search is not None or save_search is not None):
         raise SalienceError(
             "--act-order finds grids of groups that a search file has no place for; leave "
             "--save-search and --from-search away"
         )
-    format = default_format(method) if format is None else format
-    stored = float_dtype(dtype)
-    place = resolve_device(device)
-    source = open_source(model, trust_remote_code)
-    padding = None
-    if pad_intermediate is not None:
-        source, padding = pad(source, pad_intermediate, place)
-    skeleton = source.skeleton()
-    prefix, blocks = find_blocks(skeleton)
-    rest = tuple((pattern, _scheme(each)) for pattern, each in rules)
-    wanted = _scheme(default_scheme(method) if scheme is None else scheme)
-    recipe = Recipe(wanted, rest, tuple(skip), tuple(only))
-    schemes: Mapping[str, Scheme] = recipe.resolve(list(codable(skeleton)), prefix, kept(skeleton))
-    if search is not None:
-        search.check_names(codable(skeleton), [f"{prefix}.{i}" for i in range(len(blocks))])
-        # The search knows; what is said beside it can only agree.
-        given = None if scheme is None and not (rules or skip or only) else schemes
-        schemes = search.schemes_for(schemes, given)
-        chosen = search.method(chosen)
-    job = Job(
-        source=source,
-        skeleton=skeleton,
-        weights=source.weights(skeleton),
-        prefix=prefix,
-        blocks=blocks,
-        method=chosen,
-        schemes=schemes,
-        fmt=get_format(format),
-        device=place,
-        dtype=stored,
+    prepared = prepare(
+        model,
+        method=method,
+        effort=effort,
+        act_order=act_order,
+        scheme=scheme,
+        rules=rules,
+        skip=skip,
+        only=only,
+        format=format,
+        dtype=dtype,
+        device=device,
+        tensor_parallel=tensor_parallel,
+        pad_intermediate=pad_intermediate,
+        trust_remote_code=trust_remote_code,
         search=search,
-        save_search=save_search is not None,
-        progress=progress or (lambda _phase, _done, _total: None),
-        on_block=on_block or (lambda _report: None),
-        on_phase=on_phase or (lambda _name: None),
     )
-    check_source(source, skeleton, job.weights)
-    check_container(job.fmt, source)
-    for each in schemes.values():
-        check_method(get_method(method, effort), each)
-        if save_search is not None and each.codebook is not None:
-            raise SalienceError(f"--save-search has nothing to save of --scheme {each}: no search")
-    check_schemes(skeleton, schemes, job.fmt)
-    check_act_order(chosen, job.fmt)
-    if isinstance(job.fmt, Dense) and not chosen.folds:
-        raise SalienceError(
-            f"--format dense holds weights with scales folded in and --method {method} finds none; "
-            "use --method awq, or the model as it is"
-        )
-    if save_search is not None and not is_published(target):
-        check_file(Path(save_search), target)
-    minded = _findings(job, tensor_parallel)
-    text = (calibration or Calibration()) if chosen.reads_text else None
-    budget = choose_budget(source, skeleton, schemes, text, chosen, place, max_memory)
+    job, recipe = prepared.job, prepared.recipe
+    job.save_search = save_search is not None
+    job.progress = progress or job.progress
+    job.on_block = on_block or job.on_block
+    job.on_phase = on_phase or job.on_phase
+    source, skeleton, schemes = job.source, job.skeleton, job.schemes
+    if save_search is not None:
+        for each in schemes.values():
+            if each.codebook is not None:
+                raise SalienceError(
+                    f"--save-search has nothing to save of --scheme {each}: no search"
+                )
+        if not is_published(target):
+            check_file(Path(save_search), target)
+    text = (calibration or Calibration()) if job.method.reads_text else None
+    budget = choose_budget(source, skeleton, schemes, text, job.method, job.device, max_memory)
     if not is_published(target):
         need = 2 * checkpoint_bytes(skeleton, schemes, job.fmt) + budget.temporary_bytes
         check_disk(target, need - held_bytes(target))
@@ -197,18 +162,18 @@ def quantize(
         method=method,
         effort=effort,
         scheme=str(recipe.scheme) if search is None else made.get("scheme", str(recipe.scheme)),
-        format=format,
+        format=job.fmt.name,
         calibration=text.describe() if text else None,
-        device=str(place),
+        device=str(job.device),
         versions=versions(),
         options=recipe.describe() | ({"act_order": True} if act_order else {}),
         bits_per_weight=mean_bits(skeleton, schemes, job.fmt),
         kept_modules=job.kept,
-        serving=[asdict(each) for each in minded],
+        serving=[asdict(each) for each in prepared.serving],
     )
-    if padding is not None:
-        report.options["intermediate_size"] = list(padding)
-    options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": format}
+    if prepared.padding is not None:
+        report.options["intermediate_size"] = list(prepared.padding)
+    options: dict[str, Any] = {"--method": method, "--effort": effort, "--format": job.fmt.name}
     options |= {"--act-order": act_order}
     options |= {"--dtype": dtype}
     options |= {"--from-search": str(from_search), "--save-search": str(save_search)}
@@ -219,7 +184,7 @@ def quantize(
         options |= {"--seqlen": text.seqlen, "--seed": text.seed}
     with Journal(target, identity(job, recipe, options, tokens)) as journal, torch.no_grad():
         if not journal.finished:
-            for line in summary(minded):
+            for line in summary(prepared.serving):
                 (on_warning or (lambda _line: None))(line)
             _fill_buffers(job)
             run_blocks(job, tokens, journal, budget.on_disk, budget.is_close)
@@ -235,25 +200,6 @@ def quantize(
                 assemble(job, journal, report)
         journal.publish(None if save_search is None else Path(save_search))
     return read_report(target)
-
-
-def _findings(job: Job, tensor_parallel: int | None) -> list[Finding]:
-    """What vLLM and SGLang would mind.
-
-    Raises:
-        SalienceError: neither would serve it on the GPUs asked for.
-    """
-    if tensor_parallel is not None and tensor_parallel < 1:
-        raise SalienceError(f"--tensor-parallel is {tensor_parallel}; use 1 or more")
-    found = findings(job.served, tensor_parallel or 1)
-    refusal = rejection(found) if tensor_parallel is not None else None
-    if refusal is not None:
-        raise SalienceError(f"{refusal} (without --tensor-parallel it is a warning)")
-    return found
-
-
-def _scheme(scheme: Scheme | str) -> Scheme:
-    return Scheme.parse(scheme) if isinstance(scheme, str) else scheme
 
 
 def _fill_buffers(job: Job) -> None:

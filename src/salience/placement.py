@@ -11,12 +11,14 @@ between a CPU and a GPU. A weight is therefore packed for the device it runs on 
 it lies; what comes back is ready to multiply.
 """
 
+import logging
 import math
 import shutil
 import tempfile
 import weakref
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -36,14 +38,19 @@ _GPU_SHARE = 0.9  # the rest of a GPU is for activations and the cache
 _ROOT = ""
 
 
+def default_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def resolve_device(device: str | torch.device) -> torch.device:
-    """A device; "auto" is the GPU if there is one.
+    """A device; "auto" is `default_device`.
 
     Raises:
         SalienceError: a device this machine lacks.
     """
     if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return default_device()
     try:
         place = torch.device(device)
     except RuntimeError:
@@ -257,16 +264,32 @@ def dispatch(model: Any, placement: Placement, offload: OffloadFolder) -> None:
         for name, tensor in model.state_dict().items()
         if placement.lies(name) != placement.runs(name) and not tensor.is_meta
     }
-    dispatch_model(
-        model,
-        {name: _accelerate_name(each) for name, each in placement.devices.items()},
-        main_device=cast(Any, _accelerate_name(placement.main)),
-        state_dict=cast(Any, ChainMap(held, cast(Any, offload))),
-        offload_index={},
-        offload_buffers=True,
-        skip_keys=getattr(model, "_skip_keys_device_placement", None),
-        force_hooks=True,
-    )
+    with _without_remark():
+        dispatch_model(
+            model,
+            {name: _accelerate_name(each) for name, each in placement.devices.items()},
+            main_device=cast(Any, _accelerate_name(placement.main)),
+            state_dict=cast(Any, ChainMap(held, cast(Any, offload))),
+            offload_index={},
+            offload_buffers=True,
+            skip_keys=getattr(model, "_skip_keys_device_placement", None),
+            force_hooks=True,
+        )
+
+
+@contextmanager
+def _without_remark() -> Iterator[None]:
+    """Keep accelerate from telling the log that what was to be offloaded has been."""
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "on the meta device" not in record.getMessage()
+
+    logger = logging.getLogger("accelerate.big_modeling")
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
 
 
 def input_device(model: Any) -> torch.device:

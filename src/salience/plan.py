@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from salience.calibration import Calibration, micro_batch
 from salience.checkpoint import Checkpoint
-from salience.containers import check_container
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import Dense, Format, stored_config
 from salience.formats.gguf import block_bits
+from salience.job import Job
 from salience.machine import (
     available_ram_bytes,
     fast_matmul,
@@ -93,27 +93,18 @@ class Budget:
 
 
 def make_plan(
-    source: Source,
-    schemes: Mapping[str, Scheme],
-    fmt: Format,
-    calibration: Calibration | None,
-    method: Method,
-    device: torch.device,
-    out: Path,
-    max_memory: int | None = None,
+    job: Job, calibration: Calibration | None, out: Path, max_memory: int | None = None
 ) -> Plan:
-    """Estimate a quantization; `calibration` is None when no text is read.
+    """Estimate a quantization.
 
-    Raises:
-        SalienceError: a source that cannot be quantized, or a scheme that the model or the format
-            cannot have.
+    Args:
+        job: one that `prepare` has let pass.
+        calibration: None when no text is read.
+        out: where it would be written.
+        max_memory: bytes it may take on its device; None for what is free.
     """
-    model = source.skeleton()
-    weights = source.weights(model)
-    check_source(source, model, weights)
-    check_container(fmt, source)
-    check_schemes(model, schemes, fmt)
-    check_act_order(method, fmt)
+    source, model, weights, device = job.source, job.skeleton, job.weights, job.device
+    schemes, fmt, method = job.schemes, job.fmt, job.method
     names = {name for name, _ in model.named_parameters()} & weights.names()
     source_bytes = sum(weights.nbytes(name) for name in names)
     disk = checkpoint_bytes(model, schemes, fmt)

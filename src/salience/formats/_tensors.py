@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.scheme import Scheme
 
 
 def need(tensors: Mapping[str, Tensor], names: AbstractSet[str]) -> None:
@@ -35,3 +36,26 @@ def matrix(name: str, tensor: Tensor, dtype: torch.dtype) -> tuple[int, int]:
             f"{name} must be an {kind} matrix, not {tensor.dtype} {list(tensor.shape)}"
         )
     return tensor.shape[0], tensor.shape[1]
+
+
+def in_order(columns: int, scheme: Scheme, device: torch.device) -> Tensor:
+    """The group of each column where groups lie side by side: int32 [columns]."""
+    return torch.arange(columns, dtype=torch.int32, device=device) // scheme.group_columns(columns)
+
+
+def group_index(name: str, g_idx: Tensor, columns: int, scheme: Scheme) -> Tensor | None:
+    """The stored groups of the columns as int32 [columns], or None when they are in order.
+
+    Raises:
+        SalienceError: another shape or dtype, or a group that the weight does not have.
+    """
+    if g_idx.dtype not in (torch.int32, torch.int64) or tuple(g_idx.shape) != (columns,):
+        raise SalienceError(
+            f"{name} must be int32 [{columns}], not {g_idx.dtype} {list(g_idx.shape)}"
+        )
+    last = scheme.groups(columns) - 1
+    low, high = (int(end) for end in g_idx.aminmax()) if columns else (0, 0)
+    if not 0 <= low <= high <= last:
+        raise SalienceError(f"{name} has groups {low} to {high}, the weight has 0 to {last}")
+    plain = torch.equal(g_idx.int(), in_order(columns, scheme, g_idx.device))
+    return None if plain else g_idx.int()

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
-from salience.formats._tensors import need
+from salience.formats._tensors import group_index, need
 from salience.packing import pack, unpack, words
 from salience.patterns import matching
 from salience.qtensor import QTensor
@@ -122,7 +122,12 @@ class CompressedTensors:
             if stored.ndim != 2:
                 raise SalienceError(f"weight_zero_point must be a matrix, not {list(stored.shape)}")
             zeros = _unpack("weight_zero_point", stored.T, scheme.bits, size, dense).T.contiguous()
-        return QTensor(codes, scales, zeros, scheme, _g_idx(tensors, scheme, columns))
+        order = tensors.get("weight_g_idx")
+        if order is not None and torch.equal(order, order.new_full((columns,), -1)):
+            order = None  # there was room for it, and nothing was assigned
+        if order is not None:
+            order = group_index("weight_g_idx", order, columns, scheme)
+        return QTensor(codes, scales, zeros, scheme, order)
 
     def config(
         self,
@@ -231,24 +236,3 @@ def _unpack(name: str, packed: Tensor, bits: int, shape: tuple[int, int], dense:
         return unpack(packed, bits, n)
     shifts = torch.arange(0, 32 - bits + 1, bits, dtype=torch.int32, device=packed.device)
     return ((packed[..., None] >> shifts) & (2**bits - 1)).to(torch.uint8).flatten(-2)[..., :n]
-
-
-def _g_idx(tensors: Mapping[str, Tensor], scheme: Scheme, columns: int) -> Tensor | None:
-    """The groups of the columns; None when they are in order, or all -1: never assigned."""
-    g_idx = tensors.get("weight_g_idx")
-    if g_idx is None:
-        return None
-    if g_idx.dtype not in (torch.int32, torch.int64) or tuple(g_idx.shape) != (columns,):
-        raise SalienceError(
-            f"weight_g_idx must be int32 [{columns}], not {g_idx.dtype} {list(g_idx.shape)}"
-        )
-    in_order = torch.arange(columns, device=g_idx.device) // scheme.group_columns(columns)
-    if (g_idx == -1).all() or torch.equal(g_idx.long(), in_order):
-        return None
-    last = scheme.groups(columns) - 1
-    if g_idx.min() < 0 or g_idx.max() > last:
-        raise SalienceError(
-            f"weight_g_idx has groups {int(g_idx.min())} to {int(g_idx.max())}, the weight has "
-            f"0 to {last}"
-        )
-    return g_idx.int()

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
-from salience.formats._tensors import need
+from salience.formats._tensors import group_index, in_order, need
 from salience.packing import pack, unpack
 from salience.patterns import matching
 from salience.qtensor import QTensor
@@ -120,7 +120,7 @@ class Gptq:
                 )
             zeros = zeros - 1
         if g_idx is None:
-            g_idx = _in_order(qt.in_features, qt.scheme, qt.q.device)
+            g_idx = in_order(qt.in_features, qt.scheme, qt.q.device)
         return {
             "qweight": pack(qt.q, bits).T.contiguous(),
             "qzeros": pack(zeros.T, bits),
@@ -147,7 +147,7 @@ class Gptq:
             raise SalienceError(f"scales must be a matrix, not {list(scales.shape)}")
         codes = unpack(qweight.T, bits)
         zeros = self._zeros(qzeros, scheme).T.contiguous()
-        order = _group_index(g_idx, codes.shape[1], scheme)
+        order = group_index("g_idx", g_idx, codes.shape[1], scheme)
         return QTensor(codes, scales.T.contiguous(), zeros, scheme, order)
 
     def _zeros(self, qzeros: Tensor, scheme: Scheme) -> Tensor:
@@ -222,23 +222,3 @@ def _override(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(values, Mapping):
         raise SalienceError(f"{key!r} of quantization_config's dynamic is no table")
     return values
-
-
-def _in_order(columns: int, scheme: Scheme, device: torch.device) -> Tensor:
-    """The group of each column when they are in order, int32 [in]."""
-    return torch.arange(columns, dtype=torch.int32, device=device) // scheme.group_columns(columns)
-
-
-def _group_index(g_idx: Tensor, columns: int, scheme: Scheme) -> Tensor | None:
-    """The groups of the columns, None when they are in order."""
-    groups = scheme.groups(columns)
-    if tuple(g_idx.shape) != (columns,) or g_idx.dtype.is_floating_point:
-        raise SalienceError(
-            f"g_idx must be int32 [{columns}], not {g_idx.dtype} {list(g_idx.shape)}"
-        )
-    if columns and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
-        raise SalienceError(
-            f"g_idx has {int(g_idx.min())} to {int(g_idx.max())}, and there are {groups} groups"
-        )
-    in_order = _in_order(columns, scheme, g_idx.device)
-    return None if torch.equal(g_idx.int(), in_order) else g_idx.int()

@@ -19,6 +19,13 @@ A float checkpoint is rounded to nearest as it is read with
 a linear at a time, so that the model never exists as floats. It looks at no text: quick, and worse
 than `salience.quantize`. What it saves is a checkpoint in a standard format.
 
+A model lies where `from_pretrained` puts any other: on the CPU, unless `device_map="cuda"` or
+"auto" says otherwise (Transformers' own readers of AWQ and GPTQ do the same; that of bitsandbytes
+takes the GPU by itself). `model.to("cuda")` packs the weights anew for the GPU. Of a map with
+"cpu" or "disk" beside a GPU, packed weights stay on the GPU that runs them and only float ones are
+brought there each time: what is larger than the GPU is for `salience.load`, which loads on the GPU
+if there is one.
+
 The seams of Transformers used here are private. `benchmarks/hf_versions.py` runs the tests of this
 file with each version that is supported.
 """

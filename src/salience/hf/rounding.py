@@ -5,6 +5,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -61,6 +62,8 @@ class SalienceConfig(QuantizationConfigMixin):
 class RoundingQuantizer(PackedQuantizer):
     """Rounds a float checkpoint to nearest while Transformers reads it."""
 
+    gpu: torch.device | None = None  # one of the device map's, if it has any
+
     def validate_environment(self, *args: object, device_map: Any = None, **kwargs: object) -> None:
         places = device_map.values() if isinstance(device_map, dict) else [device_map]
         if "disk" in places:
@@ -68,6 +71,8 @@ class RoundingQuantizer(PackedQuantizer):
                 "a model that is quantized while it loads cannot be offloaded to disk; quantize "
                 "it with `salience quantize` first"
             )
+        devices = [torch.device("cuda", p) if isinstance(p, int) else p for p in places]
+        self.gpu = next((torch.device(d) for d in devices if str(d).startswith("cuda")), None)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Sequence[str] | None = None, **kwargs: object
@@ -138,6 +143,9 @@ class _Round(ConversionOps):
     ) -> dict[str, list[Tensor]]:
         for full, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
+            if weight.device.type == "cpu" and self._quantizer.gpu is not None:
+                # It will run on a GPU: hooks bring it there, as it is packed.
+                weight = weight.to(self._quantizer.gpu)
             name = full.rpartition(".")[0]
             linear = model.get_submodule(name)
             linear.weight = nn.Parameter(weight, requires_grad=False)

@@ -169,7 +169,7 @@ class StoredQuantizer(PackedQuantizer):
             missing = {n for n, _ in stored.named_buffers()} - stored.loaded
             if any(buffer.is_meta for buffer in stored.buffers()):
                 raise SalienceError(
-                    f"{name} is offloaded to disk with its buffers, which is what packed weights "
+                    f"{name} is offloaded with its buffers, which is what packed weights "
                     "are; load it without offload_buffers"
                 )
             if missing:

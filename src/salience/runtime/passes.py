@@ -87,7 +87,9 @@ def _match_quotient(node: object) -> tuple[fx.Node, float] | None:
         return None
     assert isinstance(node, fx.Node)
     for wide, factor in (node.args, node.args[::-1]):
-        if is_op(factor, aten.rsqrt.default) or (is_op(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5):
+        if is_op(factor, aten.rsqrt.default) or (
+            is_op(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5
+        ):
             total = factor.args[0]  # type: ignore[union-attr]
         else:
             continue
