@@ -111,13 +111,10 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, generate in ways.items():
             best[name] = max(best[name], speed(generate, args.tokens))
-    agree = {
-        name: next(
-            (i for i, (a, b) in enumerate(zip(own, tokens["packed"], strict=True)) if a != b),
-            len(own),
-        )  # fmt: skip
-        for name, own in tokens.items()
-    }
+    agree = {}
+    for name, own in tokens.items():
+        same = [a == b for a, b in zip(own, tokens["packed"], strict=True)]
+        agree[name] = same.index(False) if False in same else len(same)
     ratio = best["optimized"] / best["dense"]
     for name, value in best.items():
         print(f"{name:10} {value:7.1f} tokens/s, first {agree[name]} tokens as packed")

@@ -7,8 +7,8 @@ the graph between two nodes is a function, which is tried out on random inputs a
 candidates.
 
     mask       a function of the positions p alone: is key t seen exactly when p - window < t <= p?
-    rotation   a function of the positions and one tensor x: is it x cos + swapped(x) sin, for two of
-               the tables that it reads?
+    rotation   a function of the positions and one tensor x: is it x cos + swapped(x) sin, for two
+               of the tables that it reads?
 """
 
 from collections.abc import Iterator
@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from salience.kernels.fused import plain
 from salience.runtime.graph import (
     Known,
+    Node,
     aten,
     evaluate,
     is_op,
@@ -42,21 +43,21 @@ _ROTATION_ERROR = 2e-2  # bf16, of numbers of size 1; a wrong one is off by 1
 class Rotation:
     """x rotated: where x comes from and by what."""
 
-    x: fx.Node
-    cos: fx.Node
-    sin: fx.Node
+    x: Node
+    cos: Node
+    sin: Node
     rotary_dim: int
     interleaved: bool
 
     @property
-    def kind(self) -> tuple[object, ...]:
+    def kind(self) -> tuple[Node, Node, int, bool]:
         return (self.cos, self.sin, self.rotary_dim, self.interleaved)
 
 
 def decode_attentions(gm: fx.GraphModule) -> int:
     """Attention of one query a row to the cache up to its position."""
     known = Known(gm)
-    windows: dict[fx.Node, int | None] = {}
+    windows: dict[Node, int | None] = {}
     count = 0
     for node in list(gm.graph.nodes):
         if not is_op(node, aten.scaled_dot_product_attention.default):
@@ -105,9 +106,9 @@ def decode_attentions(gm: fx.GraphModule) -> int:
     return count
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
+def _arguments(node: Node) -> dict[str, Any]:
     """The arguments of a node by name."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = node.target._schema
     given = dict(zip((a.name for a in schema.arguments), node.args, strict=False))
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     return {**defaults, **given, **node.kwargs}
@@ -124,12 +125,12 @@ def _unrepeated(node: Any) -> Any:
     if not is_op(inner, aten.unsqueeze.default) or inner.args[1] != 2:
         return node
     whole, one = meta(expanded), inner.args[0]
-    if whole is None or meta(node).shape != whole.flatten(1, 2).shape:  # type: ignore[union-attr]
+    if whole is None or meta(node).shape != whole.flatten(1, 2).shape:
         return node
     return one
 
 
-def _in_cache(node: fx.Node, known: Known) -> bool:
+def _in_cache(node: Node, known: Known) -> bool:
     """Whether a node is a view of a tensor that the step writes to: [batch, heads, length, D]."""
     origin, value = root(node), meta(node)
     return (
@@ -141,7 +142,7 @@ def _in_cache(node: fx.Node, known: Known) -> bool:
     )
 
 
-def _window(known: Known, mask: fx.Node, batch: int, length: int) -> int | None:
+def _window(known: Known, mask: Node, batch: int, length: int) -> int | None:
     """How many keys up to its own a position sees; 0 for all of them, None for another mask."""
     device = known.positions.meta["val"].device
     random = torch.Generator().manual_seed(0)
@@ -220,7 +221,7 @@ def rotations(gm: fx.GraphModule) -> int:
     return count
 
 
-def _write_to(cache: fx.Node, reader: fx.Node, known: Known) -> fx.Node | None:
+def _write_to(cache: Node, reader: Node, known: Known) -> Node | None:
     """The one node before `reader` that writes to the memory of `cache`: row b at positions[b]."""
     origin = root(cache)
     memory = value_of(origin).untyped_storage()._cdata
@@ -260,7 +261,7 @@ def _write_to(cache: fx.Node, reader: fx.Node, known: Known) -> fx.Node | None:
     return write if data is not None and data.dtype == whole.dtype else None
 
 
-def value_of_view(node: fx.Node) -> Tensor | None:
+def value_of_view(node: Node) -> Tensor | None:
     """The tensor of a node that is a view of a get_attr, itself, or what a write to it returns."""
     path = []
     while node.op != "get_attr":
@@ -268,16 +269,14 @@ def value_of_view(node: fx.Node) -> Tensor | None:
             path.append(node)
         elif node.args[0] not in writes(node):
             return None
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     value = value_of(node)
     for view in reversed(path):
-        value = view.target(value, *view.args[1:], **view.kwargs)  # type: ignore[operator]
+        value = view.target(value, *view.args[1:], **view.kwargs)
     return value
 
 
-def _read_between(
-    gm: fx.GraphModule, first: fx.Node, last: fx.Node, caches: tuple[fx.Node, ...]
-) -> bool:
+def _read_between(gm: fx.GraphModule, first: Node, last: Node, caches: tuple[Node, ...]) -> bool:
     """Whether anything but views and the two writes uses the caches from `first` to `last`."""
     memory = {value_of(root(cache)).untyped_storage()._cdata for cache in caches}
     inside = False
@@ -286,16 +285,17 @@ def _read_between(
         if inside and node.op == "call_function" and not is_view(node):
             for used in node.all_input_nodes:
                 origin = root(used)
-                if origin.op == "get_attr" and not is_op(node, aten.index_put_.default):
-                    if value_of(origin).untyped_storage()._cdata in memory:
-                        return True
+                if origin.op != "get_attr" or is_op(node, aten.index_put_.default):
+                    continue
+                if value_of(origin).untyped_storage()._cdata in memory:
+                    return True
         if node is last:
             return False
     return False
 
 
 def _rotation(
-    node: fx.Node, known: Known, width: int, like: Rotation | None = None
+    node: Node, known: Known, width: int, like: Rotation | None = None
 ) -> Rotation | None:
     """The rotation that makes a node [..., width], by the nearest tensor that it is one of."""
     for x, tables in _sources(node, known):
@@ -311,12 +311,12 @@ def _rotation(
             kinds = [
                 (c, s, turned, interleaved)
                 for c, s in pairs
-                for turned in {meta(c).shape[-1], 2 * meta(c).shape[-1]}  # type: ignore[union-attr]
+                for turned in {meta(c).shape[-1], 2 * meta(c).shape[-1]}
                 for interleaved in (False, True)
-                if turned <= width and meta(c).shape == meta(s).shape  # type: ignore[union-attr]
+                if turned <= width and meta(c).shape == meta(s).shape
             ]
         else:
-            kinds = [like.kind]  # type: ignore[list-item]
+            kinds = [like.kind]
         if not kinds:
             continue
         found = _try(node, x, known, width, kinds)
@@ -325,13 +325,13 @@ def _rotation(
     return None
 
 
-def _sources(node: fx.Node, known: Known) -> Iterator[tuple[fx.Node, list[fx.Node]]]:
+def _sources(node: Node, known: Known) -> Iterator[tuple[Node, list[Node]]]:
     """The nodes that a node is a function of, one alone beside the positions, nearest first; each
     with the positional nodes that come in between.
     """
     order = {each: i for i, each in enumerate(known.gm.graph.nodes)}
     frontier = {node}
-    tables: list[fx.Node] = []
+    tables: list[Node] = []
     for _ in range(_REACH):
         last = max(frontier, key=order.__getitem__)
         frontier.discard(last)
@@ -349,18 +349,18 @@ def _sources(node: fx.Node, known: Known) -> Iterator[tuple[fx.Node, list[fx.Nod
 
 
 def _try(
-    node: fx.Node,
-    x: fx.Node,
+    node: Node,
+    x: Node,
     known: Known,
     width: int,
-    kinds: list[tuple[fx.Node, fx.Node, int, bool]],
+    kinds: list[tuple[Node, Node, int, bool]],
 ) -> Rotation | None:
     given = x.meta["val"]
     batch = given.shape[0]
     random = torch.Generator().manual_seed(0)
     value = torch.randn(given.shape, generator=random).to(given.device, given.dtype)
     positions = torch.randint(1, 1000, (batch,), generator=random).to(given.device)
-    memo: dict[fx.Node, Any] = {x: value, known.positions: positions}
+    memo: dict[Node, Any] = {x: value, known.positions: positions}
     try:
         got = evaluate(node, memo)
     except (ValueError, RuntimeError, IndexError):

@@ -5,8 +5,8 @@ attention and an activation are one node each. Tensors of the model and of its c
 of the graph, by reference: a write to the cache is a node like any other, and stays one.
 
 What a node depends on is one of four things: nothing but constants, the positions alone, the ids,
-or the state that the step writes to. Nodes of the first two kinds can be evaluated at will, which is
-how the rewrites find out what a mask or a rotation means without knowing how a model writes it.
+or the state that the step writes to. Nodes of the first two kinds can be evaluated at will. So the
+rewrites find out what a mask or a rotation means without knowing how a model writes it.
 """
 
 import operator
@@ -19,6 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 Step = Callable[..., Tensor]
+Node = Any  # an fx.Node: what its arguments are, no type says
 
 _FOLD_BYTES = 2**20  # of what is computed ahead; views of weights are free
 _MODES = (
@@ -72,7 +73,7 @@ def capture(step: Step, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
 def _hoist(gm: fx.GraphModule) -> None:
     """One node for each tensor, before all that computes."""
     graph = gm.graph
-    seen: dict[int, fx.Node] = {}
+    seen: dict[int, Node] = {}
     first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
     for node in list(graph.nodes):
         if node.op != "get_attr":
@@ -87,12 +88,12 @@ def _hoist(gm: fx.GraphModule) -> None:
             graph.erase_node(node)
 
 
-def value_of(node: fx.Node) -> Tensor:
+def value_of(node: Node) -> Tensor:
     """The tensor of a get_attr node."""
-    return getattr(node.graph.owning_module, str(node.target))  # type: ignore[no-any-return]
+    return getattr(node.graph.owning_module, str(node.target))
 
 
-def constant(gm: fx.GraphModule, value: Tensor, name: str) -> fx.Node:
+def constant(gm: fx.GraphModule, value: Tensor, name: str) -> Node:
     """A new node for a tensor, before all that computes."""
     count = 0
     while hasattr(gm, f"{name}_{count}"):
@@ -105,7 +106,7 @@ def constant(gm: fx.GraphModule, value: Tensor, name: str) -> fx.Node:
     return node
 
 
-def meta(node: object) -> Tensor | None:
+def meta(node: object) -> Any:
     """Shape, strides and dtype of what a node returns, when it is one tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return value if isinstance(value, Tensor) else None
@@ -116,12 +117,12 @@ def is_op(node: object, *targets: object) -> bool:
     return isinstance(node, fx.Node) and node.op == "call_function" and node.target in targets
 
 
-def writes(node: fx.Node) -> list[fx.Node]:
+def writes(node: Node) -> list[Node]:
     """The arguments that a node writes to."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         return []
-    found: list[fx.Node] = []
+    found: list[Node] = []
     for argument, value in [
         *zip(schema.arguments, node.args, strict=False),
         *((a, node.kwargs[a.name]) for a in schema.arguments if a.name in node.kwargs),
@@ -132,7 +133,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
     return found
 
 
-def is_view(node: fx.Node) -> bool:
+def is_view(node: Node) -> bool:
     """Whether a node returns a view of its first argument."""
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or schema.is_mutable or not schema.arguments:
@@ -142,7 +143,7 @@ def is_view(node: fx.Node) -> bool:
     return alias is not None and len(returns) == 1 and returns[0].alias_info is not None
 
 
-def root(node: fx.Node) -> fx.Node:
+def root(node: Node) -> Node:
     """What a node is a view of, or writes to and returns."""
     while node.args and isinstance(node.args[0], fx.Node):
         if (
@@ -177,7 +178,7 @@ class Known:
         state = {_memory(value) for value in state_of(gm)}
         self.state = state
         changed = {root(w) for node in gm.graph.nodes for w in writes(node)}
-        self.of: dict[fx.Node, frozenset[str]] = {}
+        self.of: dict[Node, frozenset[str]] = {}
         for node in gm.graph.nodes:
             if node.op == "placeholder":
                 depends = frozenset({"positions" if node is self.positions else "inputs"})
@@ -198,12 +199,12 @@ class Known:
         """Whether a node is a function of the positions, or a constant."""
         return isinstance(node, fx.Node) and self.of.get(node, {"new"}) <= {"positions"}
 
-    def at(self, node: fx.Node, positions: Tensor) -> Any:
+    def at(self, node: Node, positions: Tensor) -> Any:
         """The value of a positional node."""
         return evaluate(node, {self.positions: positions})
 
 
-def _is_pure(node: fx.Node) -> bool:
+def _is_pure(node: Node) -> bool:
     if node.op != "call_function":
         return node.op == "output"
     if node.target is operator.getitem:
@@ -212,7 +213,7 @@ def _is_pure(node: fx.Node) -> bool:
     return tags is not None and torch.Tag.nondeterministic_seeded not in tags
 
 
-def evaluate(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+def evaluate(node: Node, known: Mapping[Node, Any]) -> Any:
     """The value of a node, given those of some that it depends on.
 
     Raises:
@@ -233,7 +234,7 @@ def evaluate(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
         else:
             args = fx.map_arg(last.args, values.__getitem__)
             kwargs = fx.map_arg(last.kwargs, values.__getitem__)
-            values[pending.pop()] = last.target(*args, **kwargs)  # type: ignore[operator]
+            values[pending.pop()] = last.target(*args, **kwargs)
     return values[node]
 
 
@@ -289,12 +290,12 @@ def join_views(gm: fx.GraphModule) -> int:
     return count
 
 
-def _chain(node: fx.Node) -> list[fx.Node]:
+def _chain(node: Node) -> list[Node]:
     """A node and those before it that only reshape, the last first."""
     chain = []
     while is_op(node, *_RESHAPES):
         chain.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return chain
 
 
@@ -332,7 +333,7 @@ def runner(gm: fx.GraphModule) -> Step:
     scope: dict[str, Any] = {"inf": float("inf"), "nan": float("nan"), "device": torch.device}
     scope["torch"] = torch
     ops: dict[object, str] = {}
-    last: dict[fx.Node, fx.Node] = {}
+    last: dict[Node, Node] = {}
     for node in graph.nodes:
         for used in node.all_input_nodes:
             last[used] = node
@@ -358,10 +359,10 @@ def runner(gm: fx.GraphModule) -> Step:
                 lines.append(f"del {', '.join(done)}")
     source = f"def run({', '.join(inputs)}):\n    " + "\n    ".join(lines)
     exec(compile(source, "<step>", "exec"), scope)
-    return scope["run"]  # type: ignore[no-any-return]
+    return scope["run"]
 
 
-def _written(value: Any, names: Mapping[fx.Node, str]) -> str:
+def _written(value: Any, names: Mapping[Node, str]) -> str:
     if isinstance(value, fx.Node):
         return names[value]
     if isinstance(value, list | tuple):

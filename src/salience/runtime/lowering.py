@@ -4,8 +4,8 @@ An op of ours is a call into Python, which takes ten microseconds to get there; 
 one or two. So for a step of one row each is written out as the fewest calls that compute it.
 
     norm       the layer norm of (x, -x), whose mean is 0 and whose variance is mean(x^2)
-    rotation   x cos + roll(x, D / 2) sin, the first half of sin being negated; queries and keys that
-               are slices of one product are turned together
+    rotation   x cos + roll(x, D / 2) sin, the first half of sin being negated; queries and keys
+               that are slices of one product are turned together
     attention  to the keys up to the position: its number is read once a step
 
 What has no such form (several rows, partial rotations, softcaps) stays one op. Sums are rounded at
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from salience.runtime.graph import Known, aten, constant, is_op, meta, value_of
+from salience.runtime.graph import Known, Node, aten, constant, is_op, meta, value_of
 
 ops = torch.ops.salience
 
@@ -31,14 +31,14 @@ class _Lowering:
         self.known = Known(gm)
         self.made: dict[object, Any] = {}  # what several nodes use: signed sines, the end of keys
 
-    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
         return self.gm.graph.call_function(target, args, kwargs)
 
-    def rms_norm(self, node: fx.Node) -> fx.Node | None:
+    def rms_norm(self, node: Node) -> Node | None:
         x, weight, eps, offset, _ = _arguments(node)
         return self._norm(x, weight, eps, offset)
 
-    def add_rms_norm(self, node: fx.Node) -> bool:
+    def add_rms_norm(self, node: Node) -> bool:
         x, residual, weight, eps, offset, _ = _arguments(node)
         if not self.known.is_constant(weight):
             return False
@@ -52,7 +52,7 @@ class _Lowering:
             self.gm.graph.erase_node(user)
         return True
 
-    def _norm(self, x: fx.Node, weight: fx.Node, eps: float, offset: float) -> fx.Node | None:
+    def _norm(self, x: Node, weight: Node, eps: float, offset: float) -> Node | None:
         if not self.known.is_constant(weight):
             return None
         dtype, width = x.meta["val"].dtype, x.meta["val"].shape[-1]
@@ -65,21 +65,21 @@ class _Lowering:
         normed = self.call(aten.layer_norm.default, both, [2 * width], self.made[key], None, eps)
         return self.call(aten.slice.Tensor, normed, -1, 0, width)
 
-    def silu_mul(self, node: fx.Node) -> fx.Node:
+    def silu_mul(self, node: Node) -> Node:
         gate, up = node.args
         return self.call(aten.mul.Tensor, self.call(aten.silu.default, gate), up)
 
-    def gelu_mul(self, node: fx.Node) -> fx.Node:
+    def gelu_mul(self, node: Node) -> Node:
         gate, up, tanh = node.args
         kind = "tanh" if tanh else "none"
         return self.call(aten.mul.Tensor, self.call(aten.gelu.default, gate, approximate=kind), up)
 
-    def rope_update(self, node: fx.Node) -> fx.Node | None:
+    def rope_update(self, node: Node) -> Node | None:
         q, k, v, cos, sin, k_cache, v_cache, positions, rotary_dim, interleaved, *norms = (
             _arguments(node)
         )
-        width = meta(k_cache).shape[-1]  # type: ignore[union-attr]
-        whole = meta(cos).shape[-1] == rotary_dim == width  # type: ignore[union-attr]
+        width = meta(k_cache).shape[-1]
+        whole = meta(cos).shape[-1] == rotary_dim == width
         if len(positions.meta["val"]) != 1 or interleaved or not whole or norms[0] is not None:
             return None
         q_heads = q.meta["val"].numel() // width
@@ -96,13 +96,11 @@ class _Lowering:
             q_turned = self.call(aten.slice.Tensor, turned, 1, 0, q_heads)
             k_turned = self.call(aten.slice.Tensor, turned, 1, q_heads, q_heads + k_heads)
         for cache, value in ((k_cache, k_turned), (v_cache, v)):
-            one = self.call(aten.reshape.default, value, [1, k_heads, 1, meta(cache).shape[-1]])  # type: ignore[union-attr]
+            one = self.call(aten.reshape.default, value, [1, k_heads, 1, meta(cache).shape[-1]])
             self.call(aten.index_copy_.default, cache, 2, positions, one)
         return q_turned
 
-    def _tables(
-        self, cos: fx.Node, sin: fx.Node, dtype: torch.dtype, node: fx.Node
-    ) -> tuple[fx.Node, fx.Node]:
+    def _tables(self, cos: Node, sin: Node, dtype: torch.dtype, node: Node) -> tuple[Node, Node]:
         """cos, and sin with its first half negated, [1, 1, D], once a step."""
         source = (_unshaped(cos), _unshaped(sin))
         if source not in self.made:
@@ -124,9 +122,9 @@ class _Lowering:
                 with self.gm.graph.inserting_after(signed):
                     cast = [self.call(aten.to.dtype, each, dtype) for each in cast]
             self.made[source] = (cast[0], cast[1])
-        return self.made[source]  # type: ignore[no-any-return]
+        return self.made[source]
 
-    def _joint(self, q: fx.Node, k: fx.Node, heads: int, width: int) -> fx.Node | None:
+    def _joint(self, q: Node, k: Node, heads: int, width: int) -> Node | None:
         """q and k as one tensor, where they are neighbouring slices of one product."""
         parts = [_unshaped(each) for each in (q, k)]
         if not all(is_op(each, aten.slice.Tensor) for each in parts):
@@ -141,23 +139,23 @@ class _Lowering:
         both = self.call(aten.slice.Tensor, product, last, first[1], second[2])
         return self.call(aten.reshape.default, both, [1, heads, width])
 
-    def _turned(self, x: fx.Node, width: int, factors: tuple[fx.Node, fx.Node]) -> fx.Node:
+    def _turned(self, x: Node, width: int, factors: tuple[Node, Node]) -> Node:
         swapped = self.call(aten.roll.default, x, [width // 2], [2])
         return self.call(aten.addcmul.default, self.call(aten.mul.Tensor, x, factors[0]),
                          swapped, factors[1])  # fmt: skip
 
-    def decode_attention(self, node: fx.Node) -> fx.Node | None:
+    def decode_attention(self, node: Node) -> Node | None:
         q, k, v, positions, scale, window, softcap, sinks = _arguments(node)
         if len(positions.meta["val"]) != 1 or softcap or sinks is not None:
             return None
         start, end = self._span(positions, window)
-        kv_heads, width = meta(k).shape[1], meta(k).shape[-1]  # type: ignore[union-attr]
+        kv_heads, width = meta(k).shape[1], meta(k).shape[-1]
         queries = self.call(aten.reshape.default, q, [1, kv_heads, -1, width])
         k, v = (self.call(aten.slice.Tensor, cache, 2, start, end) for cache in (k, v))
         y = self.call(aten.scaled_dot_product_attention.default, queries, k, v, scale=scale)
         return self.call(aten.reshape.default, y, [1, node.meta["val"].shape[-1]])
 
-    def _span(self, positions: fx.Node, window: int) -> tuple[Any, Any]:
+    def _span(self, positions: Node, window: int) -> tuple[Any, Any]:
         """The first key that is seen and the one after the last, read once a step."""
         if "end" not in self.made:
             with self.gm.graph.inserting_after(positions):
@@ -171,15 +169,15 @@ class _Lowering:
                 self.made[window] = self.call(max, begin, 0)
         return self.made[window] if window else 0, self.made["end"]
 
-    def qmm(self, node: fx.Node) -> fx.Node | None:
+    def qmm(self, node: Node) -> Node | None:
         x, packed, kernel, _, _, out_features = node.args
         given = meta(x)
         if kernel != "cpu_int4" or given is None or given.dtype != torch.bfloat16:
             return None
         if given.shape[:-1].numel() != 1:
             return None
-        codes, scales = packed[:2]  # type: ignore[index,misc]
-        group_size = given.shape[-1] // meta(scales).shape[0]  # type: ignore[union-attr]
+        codes, scales = packed[:2]
+        group_size = given.shape[-1] // meta(scales).shape[0]
         rows = self.call(aten.reshape.default, x, [1, given.shape[-1]])
         y = self.call(aten._weight_int4pack_mm_for_cpu.default, rows, codes, group_size, scales)
         return self.call(aten.view.default, y, [*given.shape[:-1], out_features])
@@ -218,16 +216,16 @@ def lower(gm: fx.GraphModule) -> int:
     return count
 
 
-def _arguments(node: fx.Node) -> list[Any]:
+def _arguments(node: Node) -> list[Any]:
     """All arguments of a node, in order."""
-    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    schema = node.target._schema.arguments
     given = [*node.args, *(node.kwargs.get(a.name, a.default_value)
                            for a in schema[len(node.args) :])]  # fmt: skip
     return given
 
 
-def _unshaped(node: fx.Node) -> fx.Node:
+def _unshaped(node: Node) -> Node:
     """What a node is a reshape of."""
     while is_op(node, aten.reshape.default, aten.view.default, aten.unsqueeze.default):
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node

@@ -31,7 +31,7 @@ _TOKENS = 4
 
 
 @torch.no_grad()
-def merge_linears(model: Any, run: Callable[[], object] | None = None) -> list[tuple[str, ...]]:
+def merge_linears(model: Any, run: Callable[[], Any] | None = None) -> list[tuple[str, ...]]:
     """Merge, in place, the linears of a model that read the same tensor.
 
     Packed linears are merged when scheme, kernel and dtypes are the same and no column is out of
@@ -46,7 +46,7 @@ def merge_linears(model: Any, run: Callable[[], object] | None = None) -> list[t
         The names of the members of each merged group, in the order they are called.
     """
 
-    def few_tokens() -> object:
+    def few_tokens() -> Any:
         ids = torch.arange(1, _TOKENS + 1, device=input_device(model))[None]
         return model(input_ids=ids)
 
@@ -70,7 +70,7 @@ def merge_linears(model: Any, run: Callable[[], object] | None = None) -> list[t
     return merged
 
 
-def _groups(model: nn.Module, run: Callable[[], object]) -> list[tuple[str, ...]]:
+def _groups(model: nn.Module, run: Callable[[], Any]) -> list[tuple[str, ...]]:
     """Linears that received the same object, each called once."""
     parameters = model.named_parameters(remove_duplicate=False)
     shared = Counter(id(parameter) for _, parameter in parameters)
@@ -124,9 +124,9 @@ def _alike(model: nn.Module, names: list[str]) -> list[tuple[str, ...]]:
 class _Product(nn.Module):
     """The product of all members and the input it was computed for."""
 
-    def __init__(self, linear: nn.Module, members: int) -> None:
+    def __init__(self, linear: Any, members: int) -> None:
         super().__init__()
-        self.linear = linear
+        self.linear: Any = linear
         self.members = members
         self.x: Tensor | None = None
         self.y: Tensor | None = None
@@ -202,6 +202,8 @@ def _merged_packed(modules: list[QuantLinear], bias: Tensor | None) -> QuantLine
 class MergedQuantLinear(QuantLinear):
     """A member of a product: a QuantLinear whose packed weight is some rows of a shared one."""
 
+    product: _Product
+
     def __init__(self, product: _Product, index: int, rows: slice, of: QuantLinear) -> None:
         nn.Module.__init__(self)
         self._dtype = of._dtype
@@ -235,6 +237,8 @@ class MergedQuantLinear(QuantLinear):
 
 class MergedLinear(nn.Module):
     """A member of a product: a Linear whose weight is some rows of a shared one."""
+
+    product: _Product
 
     def __init__(self, product: _Product, index: int, rows: slice, of: nn.Linear) -> None:
         super().__init__()

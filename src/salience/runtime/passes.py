@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from salience.kernels import fused  # noqa: F401  (registers the ops)
-from salience.runtime.graph import Known, aten, is_op, meta
+from salience.runtime.graph import Known, Node, aten, is_op, meta
 
 ops = torch.ops.salience
 
@@ -19,14 +19,14 @@ _CONVERSIONS = (aten.to.dtype, aten.to.dtype_layout, aten.to.device, aten.type_a
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def skip_conversions(node: object) -> object:
+def skip_conversions(node: Node) -> Node:
     """What a node was converted from."""
     while is_op(node, *_CONVERSIONS):
-        node = node.args[0]  # type: ignore[attr-defined]
+        node = node.args[0]
     return node
 
 
-def replace(node: fx.Node, target: Callable[..., object], args: tuple[object, ...]) -> fx.Node:
+def replace(node: Node, target: Callable[..., object], args: tuple[object, ...]) -> Node:
     """Call `target` instead of what a node does."""
     with node.graph.inserting_before(node):
         new = node.graph.call_function(target, args)
@@ -49,7 +49,7 @@ def rms_norms(gm: fx.GraphModule) -> int:
     return count
 
 
-def _match_norm(node: fx.Node, known: Known) -> tuple[fx.Node, fx.Node, float, bool] | None:
+def _match_norm(node: Node, known: Known) -> tuple[Node, Node, float, bool] | None:
     """x, weight, eps, and whether the quotient is rounded before it meets the weight."""
     out = meta(node)
     if out is None or out.dtype not in _FLOATS:
@@ -58,7 +58,6 @@ def _match_norm(node: fx.Node, known: Known) -> tuple[fx.Node, fx.Node, float, b
     product = node.args[0] if is_op(node, *_CONVERSIONS) else node
     if not is_op(product, aten.mul.Tensor):
         return None
-    assert isinstance(product, fx.Node)
     if product is not node and len(product.users) > 1:
         return None
     for weight, quotient in (product.args, product.args[::-1]):
@@ -76,26 +75,30 @@ def _match_norm(node: fx.Node, known: Known) -> tuple[fx.Node, fx.Node, float, b
             continue
         if given.shape[-1] != len(scale) or given.stride(-1) != 1:
             continue
-        assert isinstance(weight, fx.Node)
         return x, weight, eps, cast_first
     return None
 
 
-def _match_quotient(node: object) -> tuple[fx.Node, float] | None:
+def _match_quotient(node: Node) -> tuple[Node, float] | None:
     """x and eps of x * rsqrt(mean(x^2) + eps), computed in fp32."""
     if not is_op(node, aten.mul.Tensor):
         return None
-    assert isinstance(node, fx.Node)
     for wide, factor in (node.args, node.args[::-1]):
+<<<<<<< HEAD
         if is_op(factor, aten.rsqrt.default) or (
             is_op(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5
         ):
             total = factor.args[0]  # type: ignore[union-attr]
+=======
+        root = is_op(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5
+        if root or is_op(factor, aten.rsqrt.default):
+            total = factor.args[0]
+>>>>>>> s4-trace
         else:
             continue
         if not is_op(total, aten.add.Tensor, aten.add.Scalar):
             continue
-        mean, eps = total.args  # type: ignore[union-attr]
+        mean, eps = total.args
         if not (is_op(mean, aten.mean.dim) and isinstance(eps, float)):
             continue
         if list(mean.args[1]) != [-1] or mean.args[2:3] != (True,):
