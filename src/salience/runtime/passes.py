@@ -84,16 +84,9 @@ def _match_quotient(node: Node) -> tuple[Node, float] | None:
     if not is_op(node, aten.mul.Tensor):
         return None
     for wide, factor in (node.args, node.args[::-1]):
-<<<<<<< HEAD
-        if is_op(factor, aten.rsqrt.default) or (
-            is_op(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5
-        ):
-            total = factor.args[0]  # type: ignore[union-attr]
-=======
         root = is_op(factor, aten.pow.Tensor_Scalar) and factor.args[1] == -0.5
         if root or is_op(factor, aten.rsqrt.default):
             total = factor.args[0]
->>>>>>> s4-trace
         else:
             continue
         if not is_op(total, aten.add.Tensor, aten.add.Scalar):
