@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from main_job import machine
 
 import salience
+from salience.machine import describe
 from salience.runtime import Engine, Sampling
 from salience.runtime.merge import merge_linears
 from salience.runtime.trace import optimize
@@ -121,7 +121,7 @@ def main() -> None:
     print(f"optimized is {ratio:.2f} times dense")
     if args.output:
         result = {
-            "machine": machine(),
+            "machine": describe(),
             "threads": torch.get_num_threads(),
             "model": args.model,
             "scheme": args.scheme,

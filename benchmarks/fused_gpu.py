@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from main_job import machine
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -32,6 +31,7 @@ from torch.nn import functional as F
 
 from salience.kernels import fused
 from salience.kernels.fused import argmax_triton, attention_triton, plain, rope_triton, rows_triton
+from salience.machine import describe
 
 HEADS, KV_HEADS, DIM, HIDDEN, INTERMEDIATE, WORDS = 32, 8, 128, 4096, 14336, 128256  # of Llama-3-8B
 L2_BYTES = 160e6  # three times an H100's
@@ -350,7 +350,7 @@ def main() -> None:
         table.add_row(row["op"], str(row["batch"]), str(row["context"]), *times)
     Console(width=100).print(table)
     if args.out:
-        made = {"pdl": not args.no_pdl, "errors": errors, "rows": rows, "machine": machine()}
+        made = {"pdl": not args.no_pdl, "errors": errors, "rows": rows, "machine": describe()}
         args.out.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
     if max(errors.values()) > 1:
         raise SystemExit(1)
