@@ -39,6 +39,7 @@ LAYERS = {
     "salience.kernels._codebook": 20,
     "salience.kernels.cpu": 20,
     "salience.kernels.int4_triton": 20,
+    "salience.kernels.wgmma_cuda": 20,
     "salience.kernels": 21,
     "salience.formats.base": 20,
     "salience.formats._awq": 19,
