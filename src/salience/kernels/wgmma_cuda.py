@@ -128,8 +128,8 @@ def _kernel(
 @functools.lru_cache(maxsize=256)
 def _tensor_map(address: int, tokens: int, columns: int, box: int) -> Any:
     """How the copy engine finds x: tiles of `box` tokens by 64 columns, swizzled."""
-    from cuda.core import StridedMemoryView
     from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
+    from cuda.core.utils import StridedMemoryView
 
     view = StridedMemoryView.from_any_interface(_Address(address, (tokens, columns)), stream_ptr=-1)
     return view.as_tensor_map(
