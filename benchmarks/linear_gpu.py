@@ -96,7 +96,7 @@ def main() -> None:
             x = torch.randn(tokens, columns, device="cuda", dtype=dtype)
             want = x[:16].double() @ exact[:512].double().T
             size = scheme.group_size
-            found = backend.matmul(x, packed[0], scheme.bits, size)[:16, :512].double()
+            found = backend.matmul(x, packed[0], scheme.bits, size, outputs)[:16, :512].double()
             row = {
                 "in": columns,
                 "out": outputs,
@@ -104,7 +104,10 @@ def main() -> None:
                 "floor": floor(columns, outputs, tokens, scheme),
                 "cublas": microseconds([partial(torch.nn.functional.linear, x, w) for w in dense]),
                 backend.name: microseconds(
-                    [partial(backend.matmul, x, each, scheme.bits, size) for each in packed]
+                    [
+                        partial(backend.matmul, x, each, scheme.bits, size, outputs)
+                        for each in packed
+                    ]
                 ),
                 "error": float((found - want).norm() / want.norm()),
             }

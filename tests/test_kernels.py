@@ -183,12 +183,13 @@ def test_unpacking_undoes_packing() -> None:
     tried = set()
     for qt in weights:
         for kernel in BACKENDS:
-            if not kernel.supports(qt.scheme, CPU, qt.in_features, qt.out_features):
-                continue
+            supports = kernel.supports(qt.scheme, CPU, qt.in_features, qt.out_features)
+            if not supports and (kernel.name != "gpu" or qt.scheme.codebook):
+                continue  # the words of a GPU are packed anywhere
             if qt.g_idx is not None and kernel.name != "reference":
                 continue
             tried.add(kernel.name)
-            got = kernel.unpack(kernel.pack(qt), qt.scheme, qt.in_features)
+            got = kernel.unpack(kernel.pack(qt), qt.scheme, qt.in_features, qt.out_features)
             assert torch.equal(got.q, qt.q) and torch.equal(got.scales, qt.scales)
             assert torch.equal(got.zeros, qt.zeros)
             assert (got.g_idx is None) == (qt.g_idx is None)

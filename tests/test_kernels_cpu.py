@@ -48,7 +48,7 @@ def make(rows: int, columns: int, group_size: int, seed: int, sym: bool = False)
 
 def check(qt: QTensor, x: torch.Tensor) -> None:
     """Multiply, and compare each row of the weight with fp64 on its own scale."""
-    y = KERNEL.matmul(x, KERNEL.pack(qt), 4, qt.scheme.group_size)
+    y = KERNEL.matmul(x, KERNEL.pack(qt), 4, qt.scheme.group_size, qt.out_features)
     assert y.dtype == x.dtype and y.shape == (x.shape[0], qt.out_features)
     weight = qt.dequantize(torch.float64)
     expected = x.double() @ weight.T

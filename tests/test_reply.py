@@ -26,7 +26,8 @@ def asked(model: Any, tokenizer: Any, *args: Any, **options: Any) -> str:
     )
     reply(model, tokenizer, *args, max_new_tokens=2, **options)
     handle.remove()
-    return str(tokenizer.decode(seen[0][0]))
+    prompt = next(ids for ids in reversed(seen) if ids.shape[1] > 1)
+    return str(tokenizer.decode(prompt[0]))
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

@@ -46,6 +46,7 @@ class Job:
         save_search: keep what is found.
         progress: called with (phase, done, total).
         on_block: called with the report of each block when it is done.
+        on_phase: called with the name of a phase when it begins, and with "" when it ends.
         seconds: spent in each phase so far.
     """
 
@@ -63,16 +64,19 @@ class Job:
     save_search: bool = False
     progress: Progress = lambda _phase, _done, _total: None
     on_block: Callable[[BlockReport], None] = lambda _report: None
+    on_phase: Callable[[str], None] = lambda _name: None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the time of what happens inside to a phase."""
         start = time.perf_counter()
+        self.on_phase(name)
         yield
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.on_phase("")
 
     def block_name(self, index: int) -> str:
         """The full name of a block."""

@@ -86,7 +86,8 @@ class QuantLinear(nn.Module):
     def qtensor(self) -> QTensor:
         """The weight, unpacked: codes, scales and zeros are what they were."""
         packed = [self.get_buffer(name) for name in self._packed_names]
-        qt = kernels.backend(self.kernel).unpack(packed, self.scheme, self.in_features)
+        backend = kernels.backend(self.kernel)
+        qt = backend.unpack(packed, self.scheme, self.in_features, self.out_features)
         if self.order is None:
             return qt
         place = self.order.argsort()  # of each column among the sorted ones

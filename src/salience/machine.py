@@ -1,15 +1,21 @@
 """What this machine has: memory, and how fast it multiplies."""
 
 import ctypes
+import os
+import platform
 import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
+
+from salience import __version__
 
 
 def peak_rss_bytes() -> int:
@@ -31,6 +37,20 @@ def available_ram_bytes() -> int:
     except OSError:
         return free
     return free if limit == "max" else min(free, int(limit) - used)
+
+
+def cache_folder(name: str) -> Path:
+    """Where this program keeps what it can make again, as the XDG standard says."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if base else Path.home() / ".cache") / "salience" / name
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a device that can be taken now."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return available_ram_bytes()
 
 
 def free_disk_bytes(path: Path) -> int:
@@ -82,3 +102,38 @@ def matmul_flops(device: torch.device, size: int = 1024, seconds: float = 0.2) -
         product()
         count += 1
     return 2 * size**3 * count / elapsed
+
+
+def describe() -> dict[str, Any]:
+    """What a result was measured on, to be written beside it: device, versions and date."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "gpu": gpu,
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "ram_bytes": psutil.virtual_memory().total,
+        "vram_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else 0,
+        "salience": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if gpu else None,
+        "transformers": _version("transformers"),
+        "triton": _version("triton"),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -72,6 +72,7 @@ def quantize(
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
+    on_phase: Callable[[str], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Report:
     """Quantize a model into a new checkpoint folder.
@@ -108,6 +109,7 @@ def quantize(
         trust_remote_code: let the model's own Python code run.
         progress: called with (phase, done, total).
         on_block: called with the report of each block when it is done.
+        on_phase: called with the name of a phase when it begins, and with "" when it ends.
         on_warning: called, before the work, with each line on what vLLM or SGLang would mind.
 
     Returns:
@@ -165,6 +167,7 @@ def quantize(
         save_search=save_search is not None,
         progress=progress or (lambda _phase, _done, _total: None),
         on_block=on_block or (lambda _report: None),
+        on_phase=on_phase or (lambda _name: None),
     )
     check_source(source, skeleton, job.weights)
     check_container(job.fmt, source)

@@ -109,15 +109,7 @@ class Source:
         Raises:
             SalienceError: an architecture without a causal language model.
         """
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
-
-        with _foreign_errors(self.name), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(
-                self.config, dtype=dtype, trust_remote_code=self.trust_remote_code
-            )
-        model.tie_weights()
-        return model.eval()
+        return skeleton(self.config, dtype, self.name, self.trust_remote_code)
 
     def weights(self, model: nn.Module, lookups: bool = False) -> Checkpoint:
         """The tensors under the names of `model`, a skeleton of this source with no packed linear.
@@ -187,6 +179,44 @@ class Source:
         copy_assets(self.path, folder, self.trust_remote_code)
 
 
+def skeleton(config: Any, dtype: torch.dtype, what: str, trust_remote_code: bool = False) -> Any:
+    """The model of a config in eval mode: parameters on meta, buffers computed in `dtype`.
+
+    Args:
+        config: of Transformers.
+        dtype: of its parameters.
+        what: name of the model, for errors.
+        trust_remote_code: whether its own Python code may run.
+
+    Raises:
+        SalienceError: an architecture without a causal language model.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with _foreign_errors(what), init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    model.tie_weights()
+    return model.eval()
+
+
+def config_of(values: dict[str, Any], what: str) -> Any:
+    """The Transformers config of the values that a config.json holds.
+
+    Raises:
+        SalienceError: an unknown architecture, or values that it does not take.
+    """
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    kind = str(values.get("model_type"))
+    if kind not in CONFIG_MAPPING:
+        raise SalienceError(f"{what} has a config of an unknown architecture {kind!r}")
+    with _foreign_errors(what):
+        return CONFIG_MAPPING[kind].from_dict(values)
+
+
 def copy_assets(source: Path, folder: Path, code: bool) -> None:
     """Copy what runtimes need beside the weights, and the model's own Python code if `code`."""
     names = [*_ASSETS, *(path.name for path in source.glob("*.py") if code)]
@@ -219,7 +249,7 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
         _check_layers(path, {"block_count": stored.layers}, stored)
         if (values := stored.config()) is not None:
             _check_layers(path, values, stored)
-            return Source(model, path, stored, _config_of(path, values), trust_remote_code)
+            return Source(model, path, stored, config_of(values, str(path)), trust_remote_code)
     with _foreign_errors(str(path)):
         config = AutoConfig.from_pretrained(
             path.parent if path.is_file() else path,
@@ -231,17 +261,6 @@ def open_source(model: str, trust_remote_code: bool = False) -> Source:
         # Where AutoGPTQ writes it, and for a time it wrote it nowhere else. It named no method.
         config.quantization_config = {"quant_method": "gptq", **read_json(beside)}
     return Source(model, path, stored, config, trust_remote_code)
-
-
-def _config_of(path: Path, values: dict[str, Any]) -> Any:
-    """The Transformers config that a GGUF file of ours holds."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    kind = str(values.get("model_type"))
-    if kind not in CONFIG_MAPPING:
-        raise SalienceError(f"{path} has a config of an unknown architecture {kind!r}")
-    with _foreign_errors(str(path)):
-        return CONFIG_MAPPING[kind].from_dict(values)
 
 
 def _is_coded(stored: GgufCheckpoint, name: str, lookups: bool) -> bool:

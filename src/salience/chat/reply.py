@@ -1,14 +1,11 @@
 """One reply to one prompt, streamed."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from salience.errors import SalienceError
-from salience.placement import input_device
+from salience.runtime import Engine, Sampling, context_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +28,7 @@ def reply(
     temperature: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    engine: Engine | None = None,
 ) -> Reply:
     """Answer a prompt through the tokenizer's chat template (or as it is, when there is none).
 
@@ -43,50 +41,44 @@ def reply(
         temperature: 0 for the likeliest token each time.
         seed: of the sampling.
         on_text: called with each piece of text as it comes.
+        engine: of this model, to use again; what it has in its cache need not be computed.
 
     Raises:
-        SalienceError: an empty prompt.
+        SalienceError: an empty prompt, or one longer than the model's context.
     """
-    from transformers import TextStreamer
-
     if not prompt.strip():
         raise SalienceError("the prompt is empty")
-    inputs = _encode(tokenizer, prompt, system).to(input_device(model))
-    count = inputs["input_ids"].shape[1]
-    times: list[float] = []
-
-    class Streamer(TextStreamer):
-        def put(self, value: Any) -> None:
-            times.append(time.perf_counter())
-            super().put(value)
-
-        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-            if on_text is not None and text:
-                on_text(text)
-
-    sampling = (
-        {"do_sample": True, "temperature": temperature}
-        if temperature > 0
-        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    )
-    torch.manual_seed(seed)
-    start = time.perf_counter()
-    with torch.no_grad():
-        output = model.generate(
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            streamer=Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-            **sampling,
-        )[0, count:]
-    # The streamer is first handed the prompt, then each token.
-    first, last = times[1], times[-1]
+    ids = _encode(tokenizer, prompt, system)["input_ids"][0].tolist()
+    sampling = _sampling(model, max_new_tokens, temperature, seed)
+    if engine is None:
+        needed = len(ids) + max_new_tokens
+        engine = Engine(model, tokenizer, max_context=min(needed, context_limit(model) or needed))
+        engine.prepare(sampling)
+    request = engine.submit(ids, sampling)
+    for event in engine.events(request):
+        if on_text is not None and event.text:
+            on_text(event.text)
+    result = request.result()
     return Reply(
-        text=tokenizer.decode(output, skip_special_tokens=True),
-        prompt_tokens=count,
-        tokens=len(output),
-        first_token_seconds=first - start,
-        tokens_per_second=(len(output) - 1) / max(last - first, 1e-9) if len(output) > 1 else 0.0,
+        text=result.text,
+        prompt_tokens=result.prompt_tokens,
+        tokens=len(result.tokens),
+        first_token_seconds=result.first_token_seconds,
+        tokens_per_second=result.tokens_per_second,
+    )
+
+
+def _sampling(model: Any, max_new_tokens: int, temperature: float, seed: int) -> Sampling:
+    """With what the model's own generation config says of the rest."""
+    config = model.generation_config
+    return Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=getattr(config, "top_k", None) or 0,
+        top_p=getattr(config, "top_p", None) or 1.0,
+        min_p=getattr(config, "min_p", None) or 0.0,
+        repetition_penalty=getattr(config, "repetition_penalty", None) or 1.0,
+        seed=seed,
     )
 
 

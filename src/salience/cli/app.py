@@ -11,6 +11,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from salience.cli import bench
 from salience.cli.console import (
     parse_size,
     print_json,
@@ -30,6 +31,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app)
 
 
 # The base of what typer raises for wrong options: click's, or in newer versions its own copy of it.
@@ -136,7 +138,7 @@ GpusOption = Annotated[
     typer.Option("--tensor-parallel", min=1, help="GPUs that vLLM or SGLang will cut it over."),
 ]
 KernelOption = Annotated[
-    str, typer.Option("--kernel", help="auto, reference, cpu_int4 or codebook.")
+    str, typer.Option("--kernel", help="auto, gpu, cpu_int4, reference or codebook.")
 ]
 
 

@@ -8,7 +8,6 @@ torch.compile, meta tensors and CUDA graphs see one opaque call. Adding a kernel
 a class like `_reference.Reference` and its name in `BACKENDS`, fastest first.
 """
 
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -18,6 +17,7 @@ from salience.errors import SalienceError
 from salience.kernels._codebook import Codebook
 from salience.kernels._reference import Reference
 from salience.kernels.cpu import CpuInt4
+from salience.kernels.gpu import Gpu
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -37,25 +37,20 @@ class Backend(Protocol):
         """The resident tensors of a weight, on the device of `qt`."""
         ...
 
-    def unpack(self, packed: list[Tensor], scheme: Scheme, in_features: int) -> QTensor:
+    def unpack(
+        self, packed: list[Tensor], scheme: Scheme, in_features: int, out_features: int
+    ) -> QTensor:
         """Undo `pack`, exactly: what was loaded can be saved, or packed for another device."""
         ...
 
-    def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
+    def matmul(
+        self, x: Tensor, packed: list[Tensor], bits: int, group_size: int, out_features: int
+    ) -> Tensor:
         """x [tokens, in] float times the packed weight: [tokens, out] in the dtype of x."""
         ...
 
 
-def _gpu() -> tuple[Backend, ...]:
-    """What runs on GPUs, where there is one and Triton, which comes with torch for Linux."""
-    if find_spec("triton") is None or not torch.cuda.is_available():
-        return ()
-    from salience.kernels.int4_triton import TritonInt4
-
-    return (TritonInt4(),)
-
-
-BACKENDS: tuple[Backend, ...] = (*_gpu(), CpuInt4(), Reference(), Codebook())
+BACKENDS: tuple[Backend, ...] = (Gpu(), CpuInt4(), Reference(), Codebook())
 
 
 def backend(name: str) -> Backend:
@@ -89,7 +84,7 @@ def qmm(
 ) -> Tensor:
     """x [..., in] times a weight packed by backend `kernel`: [..., out_features], dtype of x."""
     tokens = x.reshape(x.shape[:-1].numel(), x.shape[-1])
-    y = backend(kernel).matmul(tokens, packed, bits, group_size)
+    y = backend(kernel).matmul(tokens, packed, bits, group_size, out_features)
     return y.view(*x.shape[:-1], out_features)
 
 

@@ -45,7 +45,9 @@ class Codebook:
         nested = (qt.nested.q, qt.nested.scales, qt.nested.table)
         return [*codes, *(part.clone() for part in nested), offset]
 
-    def unpack(self, packed: list[Tensor], scheme: Scheme, in_features: int) -> QTensor:
+    def unpack(
+        self, packed: list[Tensor], scheme: Scheme, in_features: int, out_features: int
+    ) -> QTensor:
         words, _, scales, *rest = packed
         nested = None
         if rest:
@@ -56,7 +58,9 @@ class Codebook:
             codes, scales, torch.zeros_like(scales, dtype=torch.uint8), scheme, None, nested
         )
 
-    def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
+    def matmul(
+        self, x: Tensor, packed: list[Tensor], bits: int, group_size: int, out_features: int
+    ) -> Tensor:
         words, values, scales, *rest = packed
         if rest:
             each = rest[0].repeat_interleave(NESTED_BLOCK)[: scales.numel()].view_as(scales)

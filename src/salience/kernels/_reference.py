@@ -29,12 +29,16 @@ class Reference:
         packed = [pack(qt.q, qt.scheme.bits), qt.scales.clone(), qt.zeros.clone()]
         return packed if qt.g_idx is None else [*packed, qt.g_idx.clone()]
 
-    def unpack(self, packed: list[Tensor], scheme: Scheme, in_features: int) -> QTensor:
+    def unpack(
+        self, packed: list[Tensor], scheme: Scheme, in_features: int, out_features: int
+    ) -> QTensor:
         words, scales, zeros, *rest = packed
         codes = unpack(words, scheme.bits, in_features)
         return QTensor(codes, scales, zeros, scheme, rest[0] if rest else None)
 
-    def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
+    def matmul(
+        self, x: Tensor, packed: list[Tensor], bits: int, group_size: int, out_features: int
+    ) -> Tensor:
         words, scales, zeros, *rest = packed
         g_idx = rest[0] if rest else None
         out = x.new_empty(x.shape[0], words.shape[0])

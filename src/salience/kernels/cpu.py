@@ -90,7 +90,9 @@ class CpuInt4:
         high, low = _split(torch.stack([s, (8 - zeros.float()) * s], dim=-1))
         return [_pack_codes(qt.q), high, low, scales, zeros]
 
-    def unpack(self, packed: list[Tensor], scheme: Scheme, in_features: int) -> QTensor:
+    def unpack(
+        self, packed: list[Tensor], scheme: Scheme, in_features: int, out_features: int
+    ) -> QTensor:
         codes, _, _, scales, zeros = packed
         q = torch.empty(codes.shape[0], in_features, dtype=torch.uint8, device=codes.device)
         one = torch.ones_like(scales, dtype=torch.float32)
@@ -98,7 +100,9 @@ class CpuInt4:
             q[rows] = weight.t().to(torch.uint8)
         return QTensor(q, scales.t().contiguous(), zeros.t().contiguous(), scheme)
 
-    def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
+    def matmul(
+        self, x: Tensor, packed: list[Tensor], bits: int, group_size: int, out_features: int
+    ) -> Tensor:
         """x [tokens, in] float times the packed weight: [tokens, out] in the dtype of x."""
         codes, high, low, scales, zeros = packed
         tokens = x.shape[0]

@@ -1,0 +1,1 @@
+"""What `salience bench` measures: kernels beside a floor, decoding, and quantization."""

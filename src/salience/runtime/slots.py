@@ -1,0 +1,89 @@
+"""Which slot a prompt goes to, and how much of it is there already.
+
+A slot keeps its tokens after its reply. A prompt goes where most of it is in the cache, so the next
+turn of a talk is prefilled from its new text on. Where that slot is taken, or holds a much longer
+text that another turn may want, the part that both share is copied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from salience.runtime.request import Request
+
+_WORTH_A_COPY = 16  # tokens
+
+
+@dataclass(slots=True)
+class Slot:
+    """One place of the cache."""
+
+    index: int
+    request: Request | None = None
+    tokens: list[int] = field(default_factory=list)  # in the cache, when there is no request
+    used: int = 0  # when it was last given out
+
+    @property
+    def held(self) -> list[int]:
+        """The tokens whose keys and values are known to be in the cache."""
+        if self.request is None:
+            return self.tokens
+        prompt = self.request.prompt[: self.request.filled]
+        return [*prompt, *self.request.tokens[:-1]]
+
+    @property
+    def filling(self) -> bool:
+        """Whether a step is to compute a part of a prompt."""
+        request = self.request
+        return request is not None and request.filled < len(request.prompt) and request.ready
+
+    @property
+    def running(self) -> bool:
+        """Whether a step is to make a token."""
+        request = self.request
+        return request is not None and 0 < request.launched < request.room and request.ready
+
+    @property
+    def position(self) -> int:
+        """Where the next token is written."""
+        if self.request is None:
+            return len(self.tokens)
+        return self.request.filled + max(self.request.launched - 1, 0)
+
+    def release(self, keep: bool) -> None:
+        """Let go of the request; its tokens stay in the cache, or do not."""
+        self.tokens, self.request = (self.held if keep else []), None
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A slot for a prompt: so many tokens of it are in the cache of `source`."""
+
+    slot: Slot
+    source: Slot
+    cached: int
+
+
+def place(slots: Sequence[Slot], prompt: Sequence[int]) -> Placed | None:
+    """The slot for a prompt; None when all are taken."""
+    free = [slot for slot in slots if slot.request is None]
+    if not free:
+        return None
+    # The last token is computed in any case, for its logits.
+    shared = {slot.index: _shared(slot.held, prompt[:-1]) for slot in slots}
+    best = max(slots, key=lambda slot: (shared[slot.index], slot.request is None))
+    cached = shared[best.index]
+    if best.request is None and 2 * cached >= len(best.tokens) > 0:
+        return Placed(best, best, cached)
+    target = min(free, key=lambda slot: (slot.used, slot.index))
+    own = shared[target.index]
+    if cached - own >= _WORTH_A_COPY:
+        return Placed(target, best, cached)
+    return Placed(target, target, own)
+
+
+def _shared(a: Sequence[int], b: Sequence[int]) -> int:
+    """The length of the longest beginning that both have."""
+    for n, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return n
+    return min(len(a), len(b))
