@@ -1,4 +1,4 @@
-"""Weights of 2, 3, 4 and 8 bits times 32 tokens and more, on Hopper: CUDA C++, compiled by NVRTC.
+"""Weights of 2, 3, 4 and 8 bits times 16 tokens and more, on Hopper: `cuda/wgmma.cu`.
 
 Hopper's matrix unit is full only when four warps together issue `wgmma`, which takes its left
 operand from registers. So the product is y^T = W x^T: the weight, in the layout of `_fragments`, is
@@ -7,45 +7,60 @@ tokens wait for the weight, many for the matrix unit; unpacking hides behind bot
 
     few     each code is unpacked once: one block of the grid has all tokens
     many    256 tokens share what is unpacked: a step of 64 x 16 takes the matrix unit 128 cycles,
-            and its unpacking some 20 instructions of each of four warps
-
-What depends on the shape of the problem is a `Configuration`; `configurations` gives those worth
-measuring. The kernel is cuda/wgmma.cu.
+            and its unpacking some 15 instructions of each of four warps
 """
 
-import functools
 from collections.abc import Iterator
-from ctypes import c_int32
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
+from salience.kernels import cuda_program
 from salience.kernels._fragments import BLOCK, ROWS, TILE
+from salience.kernels.choice import Shape, bucket
 
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 _SCALES = {**_DTYPES, torch.float32: 2}
-_SHARED = 227 * 1024  # bytes that a block may have on sm_90
+_SHARED_BYTES = 227 * 1024  # that a block may have on sm90
+_PROCESSORS = 132
+_LEAST_BLOCKS = 60  # of a launch worth trying
+_FEWEST, _MOST = 16, 256  # tokens of a block
+_WORTH_TRYING = 12
 
 
-@dataclass(frozen=True)
-class Configuration:
-    """How the work is cut: see cuda/wgmma.cu. A block has 64 * warpgroups * row_tiles rows."""
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How the work of one product is cut.
+
+    Args:
+        tokens: of a thread block, a multiple of 16.
+        warpgroups: of a thread block, beside the one that brings x.
+        row_tiles: of 64 rows, that a warpgroup has.
+        split: thread blocks of a cluster that share the columns.
+        share: thread blocks of a cluster that share the x they bring, for other rows.
+        stages: blocks of 128 columns of x in shared memory.
+        depth: blocks of the weight under way.
+        buffers: unpacked operands, 2 or 4.
+        resident: thread blocks that a processor holds at once.
+        strip: tiles of tokens that go down the rows together.
+    """
 
     tokens: int
     warpgroups: int = 2
     row_tiles: int = 1
     split: int = 1
+    share: int = 1
     stages: int = 4
     depth: int = 2
     buffers: int = 2
     resident: int = 1
+    strip: int = 4
 
     @property
     def rows(self) -> int:
+        """Of a thread block."""
         return ROWS * self.warpgroups * self.row_tiles
 
     @property
@@ -56,6 +71,38 @@ class Configuration:
     def shared(self) -> int:
         """Bytes of shared memory: the ring of x, or in its place the sums; 1024 to align it."""
         return max(self.stages * 2 * BLOCK * self.tokens, 4 * self.tokens * (self.rows + 4)) + 1024
+
+    def macros(
+        self, bits: int, group_size: int, columns: int, bf16: bool, scale: int, once: bool
+    ) -> dict[str, int]:
+        """What wgmma.cu wants defined, for a weight of `columns` in groups of `group_size`.
+
+        Args:
+            bits: of a code.
+            group_size: at most `columns`.
+            columns: of the weight.
+            bf16: dtype of x, else fp16.
+            scale: dtype of scales, 0 fp16, 1 bf16, 2 fp32.
+            once: the weight is read by one row of thread blocks only.
+        """
+        small = group_size in (32, 64) and group_size < columns
+        return {
+            "BITS": bits,
+            "GROUP": group_size if small else BLOCK,
+            "GROUP_BLOCKS": -(-group_size // BLOCK),
+            "BF16": int(bf16),
+            "SCALE": scale,
+            "TOKENS": self.tokens,
+            "WARPGROUPS": self.warpgroups,
+            "ROW_TILES": self.row_tiles,
+            "SPLIT": self.split,
+            "SHARE": self.share,
+            "STAGES": self.stages,
+            "DEPTH": self.depth,
+            "BUFFERS": self.buffers,
+            "RESIDENT": self.resident,
+            "STREAM": int(once),
+        }
 
 
 def instruction(tokens: int, bf16: bool) -> str:
@@ -75,194 +122,135 @@ __device__ __forceinline__ void wgmma(float (&d)[{count}], const unsigned (&a)[4
 """
 
 
-def source(config: Configuration, bf16: bool) -> str:
-    """The text to compile."""
-    text = Path(__file__).with_name("cuda") / "wgmma.cu"
-    return instruction(config.tokens, bf16) + text.read_text()
+class Wgmma:
+    """The variant for many tokens on Hopper; its instruction is in no GPU before and none after."""
 
+    name = "wgmma"
 
-def macros(
-    config: Configuration, bits: int, group: int, bf16: bool, scale: int, stream: bool
-) -> dict[str, int]:
-    """What wgmma.cu wants defined."""
-    return {
-        "BITS": bits,
-        "GROUP": group,
-        "BF16": int(bf16),
-        "SCALE": scale,
-        "TOKENS": config.tokens,
-        "WARPGROUPS": config.warpgroups,
-        "ROW_TILES": config.row_tiles,
-        "SPLIT": config.split,
-        "STAGES": config.stages,
-        "DEPTH": config.depth,
-        "BUFFERS": config.buffers,
-        "RESIDENT": config.resident,
-        "STREAM": int(stream),
-    }
+    def supports(self, shape: Shape, tokens: int, device: torch.device) -> bool:
+        """Half precision, 16 tokens and more, groups of 32, 64, multiples of 128, or whole rows."""
+        return (
+            device.type == "cuda"
+            and shape.dtype in _DTYPES
+            and tokens >= _FEWEST
+            and _takes_groups(shape.group_size, shape.columns)
+            and cuda_program.available()
+            and torch.cuda.get_device_capability(device)[0] == 9
+        )
 
+    def options(self, shape: Shape, tokens: int) -> list[dict[str, int]]:
+        """What is worth measuring."""
+        found = [asdict(config) for config in _configs(shape.rows, shape.columns, tokens)]
+        return found[:_WORTH_TRYING] or [{}]
 
-@functools.cache
-def _kernel(
-    config: Configuration, bits: int, group: int, bf16: bool, scale: int, stream: bool, device: int
-) -> Any:
-    from cuda.bindings import driver
-    from cuda.core import Program, ProgramOptions
+    def multiply(
+        self,
+        x: Tensor,
+        packed: list[Tensor],
+        bits: int,
+        group_size: int,
+        out_features: int,
+        **options: int,
+    ) -> Tensor:
+        """x [tokens, in] half-precision times a packed weight: [tokens, out]; options of Config.
 
-    defined = macros(config, bits, group, bf16, scale, stream)
-    options = ProgramOptions(
-        arch="sm_90a",
-        std="c++17",
-        define_macro=[(name, str(value)) for name, value in defined.items()],
-    )
-    kernel = Program(source(config, bf16), "c++", options).compile("cubin").get_kernel("multiply")
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (error,) = driver.cuKernelSetAttribute(
-        attribute, config.shared, kernel.handle, driver.CUdevice(device)
-    )
-    if error != driver.CUresult.CUDA_SUCCESS:
-        raise SalienceError(f"{config} wants more shared memory than the GPU has: {error}")
-    return kernel
-
-
-@functools.lru_cache(maxsize=256)
-def _tensor_map(address: int, tokens: int, columns: int, box: int) -> Any:
-    """How the copy engine finds x: tiles of `box` tokens by 64 columns, swizzled."""
-    from cuda.core._tensor_map import TensorMapL2Promotion, TensorMapSwizzle
-    from cuda.core.utils import StridedMemoryView
-
-    view = StridedMemoryView.from_any_interface(_Address(address, (tokens, columns)), stream_ptr=-1)
-    return view.as_tensor_map(
-        (box, 64),
-        swizzle=TensorMapSwizzle.SWIZZLE_128B,
-        l2_promotion=TensorMapL2Promotion.L2_256B,
-    )
-
-
-class _Address:
-    """Memory of a GPU as NumPy's typing describes it, of two bytes each: fp16 and bf16 alike."""
-
-    def __init__(self, address: int, shape: tuple[int, int]) -> None:
-        self.__cuda_array_interface__ = {
-            "data": (address, True),
-            "shape": shape,
-            "typestr": "<f2",
-            "version": 3,
-        }
-
-
-class _Stream:
-    """A stream of torch, as cuda.core takes it."""
-
-    def __init__(self, handle: int) -> None:
-        self.handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self.handle
-
-
-def supports(device: torch.device) -> bool:
-    """Whether the GPU is a Hopper: its wgmma is in none before and none after."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def configurations(tokens: int, out_features: int, in_features: int) -> Iterator[Configuration]:
-    """The configurations worth measuring for such a product, likeliest first."""
-    processors = 132
-    fit = min(256, -(-tokens // 32) * 32 if tokens > 32 else 32)
-    widths = [fit] if fit <= 64 else sorted({fit, 128, 256} if tokens > 128 else {fit, 64})
-    for width in widths[::-1]:
-        for warpgroups, row_tiles in ((2, 1), (1, 1), (2, 2), (4, 1)):
-            if width * row_tiles > 256 or width * warpgroups > 512:
-                continue
-            rows = ROWS * warpgroups * row_tiles
-            tiles = -(-out_features // rows) * -(-tokens // width)
-            for split in (1, 2, 4, 8):
-                blocks = -(-in_features // BLOCK) // split
-                if split > 1 and (tiles * split > 4 * processors or blocks < 4):
-                    continue
-                stages = min(4, (_SHARED - 1024) // (2 * BLOCK * width))
-                depth = 2 if width * row_tiles > 128 else 4
-                config = Configuration(width, warpgroups, row_tiles, split, stages, depth)
-                if config.shared <= _SHARED:
-                    yield config
-
-
-def multiply(
-    x: Tensor,
-    packed: list[Tensor],
-    bits: int,
-    group_size: int,
-    out_features: int,
-    config: Configuration,
-    dependent: bool = False,
-) -> Tensor:
-    """y [tokens, out_features] = x [tokens, in] times the weight, in the dtype of x.
-
-    Args:
-        x: fp16 or bf16.
-        packed: words int32 [tiles, blocks, 64 * bits], scales fp16, bf16 or fp32 and zeros uint8
-            [tiles, groups, 16], as `_fragments` makes them.
-        group_size: 32, 64, a multiple of 128, or at least `in`: one group a row.
-        config: how to cut the work.
-        dependent: start before the kernel ahead in the stream has ended, and wait for it before
-            x is read (programmatic dependent launch).
-
-    Raises:
-        SalienceError: such groups do not fall on the columns that are unpacked at once.
-    """
-    from cuda.core import LaunchConfig, launch
-
-    words, scales, zeros = packed
-    if group_size not in (32, 64) and group_size % BLOCK and group_size < x.shape[1]:
-        raise SalienceError(f"the Hopper kernel has no groups of {group_size}; use 32, 64 or 128 n")
-    if x.shape[1] % 8:  # the copy engine takes rows of a multiple of 16 bytes
-        x = torch.nn.functional.pad(x, (0, -x.shape[1] % 8))
-    x = x.contiguous()
-    tokens, columns = x.shape
-    tiles, blocks = words.shape[:2]
-    groups = scales.shape[1]
-    y = x.new_empty(tokens, out_features)
-    if not tokens:
+        Raises:
+            SalienceError: such groups do not fall on the columns that are unpacked at once.
+        """
+        words, scales, zeros = packed
+        columns, index = x.shape[1], x.device.index
+        size = columns if group_size == -1 else min(group_size, columns)
+        if not _takes_groups(size, columns):
+            raise SalienceError(f"kernel {self.name} has no groups of {size}; use 32, 64 or 128 n")
+        if columns % 8 or not x.is_contiguous() or x.data_ptr() % 16:
+            x = torch.nn.functional.pad(x, (0, -columns % 8)).contiguous()
+        y = x.new_empty(len(x), out_features)
+        if not len(x):
+            return y
+        config = Config(**options) if options else usual(out_features, columns, len(x))
+        token_tiles = -(-len(x) // config.tokens)
+        bf16 = x.dtype == torch.bfloat16
+        macros = config.macros(bits, size, columns, bf16, _SCALES[scales.dtype], token_tiles == 1)
+        before = instruction(config.tokens, bf16)
+        kernel = cuda_program.kernel("wgmma.cu", "multiply", tuple(macros.items()), index, before)
+        tiles, blocks = words.shape[:2]
+        high = -(-tiles * TILE // (config.rows * config.share))
+        numbers = (len(x), out_features, tiles, blocks, scales.shape[1], token_tiles, config.strip)
+        kernel.launch(
+            (high * token_tiles, 1, 1),
+            config.threads,
+            (
+                cuda_program.tensor_map(x, config.tokens // config.share),
+                *(words, scales, zeros, y),
+                *numbers,
+            ),
+            shared=config.shared,
+            cluster=config.split * config.share,
+            overlap=True,
+        )
         return y
-    token_tiles = -(-tokens // config.tokens)
-    kernel = _kernel(
-        config,
-        bits,
-        group_size if group_size < BLOCK else BLOCK,
-        x.dtype == torch.bfloat16,
-        _SCALES[scales.dtype],
-        token_tiles == 1,
-        x.device.index or 0,
-    )
-    grid = -(-tiles * TILE // config.rows) * token_tiles
-    launch_config = LaunchConfig(
-        grid=grid,  # of clusters, where there are clusters
-        cluster=config.split if config.split > 1 else None,
-        block=config.threads,
-        shmem_size=config.shared,
-        programmatic_stream_serialization=dependent,
-    )
-    launch(
-        _Stream(torch.cuda.current_stream(x.device).cuda_stream),
-        launch_config,
-        kernel,
-        _tensor_map(x.data_ptr(), tokens, columns, config.tokens),
-        words.data_ptr(),
-        scales.data_ptr(),
-        zeros.data_ptr(),
-        y.data_ptr(),
-        *(
-            c_int32(value)
-            for value in (
-                tokens,
-                out_features,
-                tiles,
-                blocks,
-                groups,
-                max(1, group_size // BLOCK),
-                token_tiles,
-            )
-        ),
-    )
-    return y
+
+
+def _takes_groups(size: int, columns: int) -> bool:
+    return size in (32, 64) or size % BLOCK == 0 or size == columns
+
+
+def usual(rows: int, columns: int, tokens: int) -> Config:
+    """What is good for such a product, as far as one can say without measuring."""
+    width = min(_MOST, max(_FEWEST, bucket(tokens)))
+    wide = -(-rows // (2 * ROWS)) * -(-tokens // width)
+    if width == _MOST and 2 * wide <= _PROCESSORS:
+        width //= 2
+    tiles = -(-rows // (2 * ROWS)) * -(-tokens // width)
+    split = 1
+    while split < 4 and 2 * split * tiles <= _PROCESSORS and 8 * split * BLOCK <= columns:
+        split *= 2
+    if width <= 64:
+        return Config(width, split=split, depth=4, resident=2)
+    return Config(width, split=split, stages=3 if width == _MOST else 4)
+
+
+def _configs(rows: int, columns: int, tokens: int) -> Iterator[Config]:
+    """The configurations worth measuring for a product, those of an H100's likeliest first."""
+    width = min(_MOST, max(_FEWEST, bucket(tokens)))
+    yield usual(rows, columns, tokens)
+    if tokens > 512:
+        yield Config(_MOST, stages=3, share=2)
+        yield Config(_MOST, stages=3, depth=1, share=2)
+        if tokens > 1024:
+            yield Config(_MOST, stages=3, share=2, strip=8)
+            yield Config(_MOST, stages=3, share=2, strip=2)
+            yield Config(_MOST, stages=3, strip=8)
+        return
+    seen = {usual(rows, columns, tokens)}
+    for share in (1, 2):
+        for config in _shapes(width):
+            tiles = -(-rows // (config.rows * share)) * share * -(-tokens // config.tokens)
+            for split in (1, 2, 4, 8):
+                made = Config(**{**asdict(config), "split": split, "share": share})
+                blocks = tiles * split
+                crowd = split > 1 and blocks > _PROCESSORS * config.resident
+                enough = blocks >= _LEAST_BLOCKS or split == 8
+                short = split > 1 and 4 * split * BLOCK > columns
+                if made in seen or crowd or not enough or short or split * share > 8:
+                    continue
+                seen.add(made)
+                yield made
+
+
+def _shapes(width: int) -> Iterator[Config]:
+    if width <= 64:
+        yield Config(width, depth=4, resident=2)
+        yield Config(width)
+        yield Config(width, warpgroups=1, depth=4, resident=2)
+        yield Config(width, row_tiles=2)
+    elif width == 128:
+        yield Config(128)
+        yield Config(128, warpgroups=1, depth=4, resident=2, stages=3)
+        yield Config(128, row_tiles=2)
+        yield Config(64, depth=4, resident=2)
+    else:
+        yield Config(256, stages=3)
+        yield Config(128)
+        yield Config(128, warpgroups=1, depth=4, resident=2, stages=3)
+        yield Config(256, warpgroups=1, stages=3)
