@@ -10,8 +10,9 @@ tokens wait for the weight, many for the matrix unit; unpacking hides behind bot
             and its unpacking some 15 instructions of each of four warps
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ _DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 _SCALES = {**_DTYPES, torch.float32: 2}
 _SHARED_BYTES = 227 * 1024  # that a block may have on sm90
 _PROCESSORS = 132
-_LEAST_BLOCKS = 60  # of a launch worth trying
 _FEWEST, _MOST = 16, 256  # tokens of a block
 _WORTH_TRYING = 12
 
@@ -140,7 +140,7 @@ class Wgmma:
 
     def options(self, shape: Shape, tokens: int) -> list[dict[str, int]]:
         """What is worth measuring."""
-        found = [asdict(config) for config in _configs(shape.rows, shape.columns, tokens)]
+        found = [asdict(config) for config in _configs(shape.bits, shape.rows, shape.columns, tokens)]
         return found[:_WORTH_TRYING] or [{}]
 
     def multiply(
@@ -167,7 +167,7 @@ class Wgmma:
         y = x.new_empty(len(x), out_features)
         if not len(x):
             return y
-        config = Config(**options) if options else usual(out_features, columns, len(x))
+        config = Config(**options) if options else usual(bits, out_features, columns, len(x))
         token_tiles = -(-len(x) // config.tokens)
         bf16 = x.dtype == torch.bfloat16
         macros = config.macros(bits, size, columns, bf16, _SCALES[scales.dtype], token_tiles == 1)
@@ -195,7 +195,7 @@ def _takes_groups(size: int, columns: int) -> bool:
     return size in (32, 64) or size % BLOCK == 0 or size == columns
 
 
-def usual(rows: int, columns: int, tokens: int) -> Config:
+def usual(bits: int, rows: int, columns: int, tokens: int) -> Config:
     """What is good for such a product, as far as one can say without measuring."""
     width = min(_MOST, max(_FEWEST, bucket(tokens)))
     wide = -(-rows // (2 * ROWS)) * -(-tokens // width)
@@ -206,14 +206,20 @@ def usual(rows: int, columns: int, tokens: int) -> Config:
     while split < 4 and 2 * split * tiles <= _PROCESSORS and 8 * split * BLOCK <= columns:
         split *= 2
     if width <= 64:
-        return Config(width, split=split, depth=4, resident=2)
+        return Config(width, split=split, depth=_deep(bits), resident=2)
     return Config(width, split=split, stages=3 if width == _MOST else 4)
 
 
-def _configs(rows: int, columns: int, tokens: int) -> Iterator[Config]:
+def _deep(bits: int) -> int:
+    """Blocks of the weight that the registers of two thread blocks of a processor still hold."""
+    return 2 if bits == 8 else 4
+
+
+def _configs(bits: int, rows: int, columns: int, tokens: int) -> Iterator[Config]:
     """The configurations worth measuring for a product, those of an H100's likeliest first."""
     width = min(_MOST, max(_FEWEST, bucket(tokens)))
-    yield usual(rows, columns, tokens)
+    first = usual(bits, rows, columns, tokens)
+    yield first
     if tokens > 512:
         yield Config(_MOST, stages=3, share=2)
         yield Config(_MOST, stages=3, depth=1, share=2)
@@ -222,35 +228,33 @@ def _configs(rows: int, columns: int, tokens: int) -> Iterator[Config]:
             yield Config(_MOST, stages=3, share=2, strip=2)
             yield Config(_MOST, stages=3, strip=8)
         return
-    seen = {usual(rows, columns, tokens)}
-    for share in (1, 2):
-        for config in _shapes(width):
+    found = {}
+    for config in _shapes(width, _deep(bits)):
+        for share in (1, 2):
             tiles = -(-rows // (config.rows * share)) * share * -(-tokens // config.tokens)
-            for split in (1, 2, 4, 8):
-                made = Config(**{**asdict(config), "split": split, "share": share})
-                blocks = tiles * split
-                crowd = split > 1 and blocks > _PROCESSORS * config.resident
-                enough = blocks >= _LEAST_BLOCKS or split == 8
-                short = split > 1 and 4 * split * BLOCK > columns
-                if made in seen or crowd or not enough or short or split * share > 8:
-                    continue
-                seen.add(made)
-                yield made
+            for split in (1, 2, 4):
+                made = replace(config, split=split, share=share)
+                crowd = tiles * split > _PROCESSORS * config.resident
+                short = 4 * split * BLOCK > columns
+                if made != first and not (split > 1 and (crowd or short)):
+                    found[made] = abs(math.log2(tiles * split / _PROCESSORS))
+    yield from sorted(found, key=found.__getitem__)
 
 
-def _shapes(width: int) -> Iterator[Config]:
+def _shapes(width: int, deep: int) -> Iterator[Config]:
+    """Of blocks of so many tokens; each will be split and shared."""
     if width <= 64:
-        yield Config(width, depth=4, resident=2)
-        yield Config(width)
-        yield Config(width, warpgroups=1, depth=4, resident=2)
+        yield Config(width, depth=deep, resident=2)
+        yield Config(width, depth=2, resident=2)
+        yield Config(width, warpgroups=1, depth=deep, resident=2)
         yield Config(width, row_tiles=2)
     elif width == 128:
         yield Config(128)
-        yield Config(128, warpgroups=1, depth=4, resident=2, stages=3)
+        yield Config(128, warpgroups=1, depth=deep, resident=2, stages=3)
         yield Config(128, row_tiles=2)
-        yield Config(64, depth=4, resident=2)
+        yield Config(64, depth=deep, resident=2)
     else:
         yield Config(256, stages=3)
         yield Config(128)
-        yield Config(128, warpgroups=1, depth=4, resident=2, stages=3)
+        yield Config(128, warpgroups=1, depth=deep, resident=2, stages=3)
         yield Config(256, warpgroups=1, stages=3)

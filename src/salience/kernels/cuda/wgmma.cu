@@ -264,10 +264,11 @@ __device__ unsigned there(unsigned address, int rank) {
   return found;
 }
 
-__device__ void barrier_arrive(unsigned barrier, int rank) {
+// `barrier`: if x is shared, by its address in the cluster
+__device__ void barrier_arrive(unsigned barrier) {
 #if SHARE > 1
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];"
-               ::"r"(there(barrier, rank)) : "memory");
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
+               : "memory");
 #else
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 #endif
@@ -398,6 +399,8 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
   } else {
     if (REGISTERS > AT_ENTRY) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     const u64 policy = weight_policy();
+    // The first lanes each tell one of the blocks that wrote a stage when it may be written again
+    const unsigned released = SHARE > 1 ? there(empty, rank * SHARE + lane % SHARE) : empty;
     // Masks that the compiler does not know: it would make each anew at every use
     unsigned masks[PLACES];
 #pragma unroll
@@ -456,7 +459,7 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
           wgmma_wait<BUFFERS - 1>();
           // Now all of the block before is done with, and its stage may be filled again
           if (j == BUFFERS - 2 && done + d > 0 && lane < SHARE)
-            barrier_arrive(empty + 8 * last, rank * SHARE + lane);
+            barrier_arrive(released + 8 * last);
         }
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
