@@ -154,7 +154,7 @@ def _compiled(folder):
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_unpacking_is_exact(tmp_path):
-    """The text of the kernel, compiled for the CPU: (code - zero) scale, rounded once, bit by bit."""
+    """The kernel's own text, compiled for the CPU: (code - zero) scale, rounded once."""
     random = np.random.default_rng(0)
     lanes = 64
     sent, want = [], []

@@ -13,6 +13,7 @@ tokens wait for the weight, many for the matrix unit; unpacking hides behind bot
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -140,8 +141,8 @@ class Wgmma:
 
     def options(self, shape: Shape, tokens: int) -> list[dict[str, int]]:
         """What is worth measuring."""
-        found = [asdict(config) for config in _configs(shape.bits, shape.rows, shape.columns, tokens)]
-        return found[:_WORTH_TRYING] or [{}]
+        found = _configs(shape.bits, shape.rows, shape.columns, tokens)
+        return [asdict(config) for config in islice(found, _WORTH_TRYING)]
 
     def multiply(
         self,

@@ -492,26 +492,38 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
 #endif
 
     constexpr int MINE = TOKENS / SPLIT;  // tokens that this block adds up, of all that split
-    for (int i = threadIdx.x; i < MINE * (ROWS / 4); i += CONSUMERS) {
-      const int token = rank * MINE + i / (ROWS / 4), row = i % (ROWS / 4) * 4;
-      if (first_token + token >= tokens || first_row + row >= out) continue;
-      const unsigned from = stages + 4 * (token * PITCH + row);
-      float4 sum = load_sums(from, member);
+    constexpr int QUADS = ROWS / 4, TOTAL = MINE * QUADS, EACH = (TOTAL + CONSUMERS - 1) / CONSUMERS;
+    constexpr int BATCH = EACH < 4 ? EACH : 4;  // loads on their way
+    for (int first = threadIdx.x; first < TOTAL; first += BATCH * CONSUMERS) {
+      float4 found[BATCH];
 #pragma unroll
-      for (int other = 1; other < SPLIT; other++) {
-        const float4 more = load_sums(from, other * SHARE + member);
-        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+      for (int b = 0; b < BATCH; b++) {
+        const int i = min(first + b * CONSUMERS, TOTAL - 1);
+        const unsigned from = stages + 4 * ((rank * MINE + i / QUADS) * PITCH + i % QUADS * 4);
+        float4 sum = load_sums(from, member);
+#pragma unroll
+        for (int other = 1; other < SPLIT; other++) {
+          const float4 more = load_sums(from, other * SHARE + member);
+          sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        }
+        found[b] = sum;
       }
-      const unsigned low = pack2(sum.x, sum.y), high = pack2(sum.z, sum.w);
-      unsigned short* to = y + size_t(first_token + token) * out + first_row + row;
-      if (out % 4 == 0) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
-      } else {
-        const int left = out - first_row - row;
-        to[0] = low & 0xffff;
-        if (left > 1) to[1] = low >> 16;
-        if (left > 2) to[2] = high & 0xffff;
-        if (left > 3) to[3] = high >> 16;
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        const int i = first + b * CONSUMERS;
+        const int token = first_token + rank * MINE + i / QUADS, row = first_row + i % QUADS * 4;
+        if (i >= TOTAL || token >= tokens || row >= out) continue;
+        const unsigned low = pack2(found[b].x, found[b].y), high = pack2(found[b].z, found[b].w);
+        unsigned short* to = y + size_t(token) * out + row;
+        if (out % 4 == 0) {
+          *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
+        } else {
+          const int left = out - row;
+          to[0] = low & 0xffff;
+          if (left > 1) to[1] = low >> 16;
+          if (left > 2) to[2] = high & 0xffff;
+          if (left > 3) to[3] = high >> 16;
+        }
       }
     }
 #if CLUSTER > 1
