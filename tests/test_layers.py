@@ -41,6 +41,7 @@ LAYERS = {
     "salience.kernels.cpu": 20,
     "salience.kernels.choice": 18,
     "salience.kernels.mma_cuda": 19,
+    "salience.kernels.wgmma_cuda": 19,
     "salience.kernels.wna16_triton": 19,
     "salience.kernels.gpu": 20,
     "salience.kernels.fused._dependent": 18,

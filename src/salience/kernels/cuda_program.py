@@ -9,12 +9,15 @@ import functools
 import hashlib
 from importlib.resources import files
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from salience.machine import cache_folder
+
+if TYPE_CHECKING:
+    from cuda.core import TensorMapDescriptor
 
 
 def available() -> bool:
@@ -41,13 +44,17 @@ class Kernel:
         name: of the function.
         macros: what is defined for it.
         index: of the GPU.
+        before: text to put before the source, where macros do not suffice.
     """
 
-    def __init__(self, source: str, name: str, macros: dict[str, int], index: int) -> None:
+    def __init__(
+        self, source: str, name: str, macros: dict[str, int], index: int, before: str = ""
+    ) -> None:
         from cuda.core import Device, ObjectCode
 
         Device(index).set_current()
-        code = files("salience.kernels").joinpath("cuda", source).read_text(encoding="utf-8")
+        folder = files("salience.kernels").joinpath("cuda")
+        code = before + folder.joinpath(source).read_text(encoding="utf-8")
         self._function = ObjectCode.from_cubin(_cubin(code, name, macros, index)).get_kernel(name)
         self._name, self._shared = name, 0
 
@@ -55,7 +62,7 @@ class Kernel:
         self,
         grid: tuple[int, ...],
         threads: int,
-        arguments: tuple[Tensor | int, ...],
+        arguments: "tuple[Tensor | TensorMapDescriptor | int, ...]",
         shared: int = 0,
         cluster: int = 1,
         overlap: bool = False,
@@ -65,7 +72,7 @@ class Kernel:
         Args:
             grid: blocks in x, y, z; of clusters, where there are any.
             threads: of a block.
-            arguments: tensors go as pointers, numbers as int32.
+            arguments: tensors go as pointers, numbers as int32, tensor maps as they are.
             shared: bytes of dynamic shared memory of a block.
             cluster: blocks in x that share their memory.
             overlap: may start before the kernel before it ends (it waits for it itself).
@@ -81,9 +88,7 @@ class Kernel:
             programmatic_stream_serialization=overlap,
             **({"cluster": cluster} if cluster > 1 else {}),
         )
-        values: list[Any] = [
-            a.data_ptr() if isinstance(a, Tensor) else ctypes.c_int(a) for a in arguments
-        ]
+        values = [_value(argument) for argument in arguments]
         stream = Stream.from_handle(torch.cuda.current_stream().cuda_stream)
         launch(stream, config, self._function, *values)
 
@@ -101,9 +106,57 @@ class Kernel:
 
 
 @functools.cache
-def kernel(source: str, name: str, macros: tuple[tuple[str, int], ...], index: int) -> Kernel:
+def kernel(
+    source: str, name: str, macros: tuple[tuple[str, int], ...], index: int, before: str = ""
+) -> Kernel:
     """The kernel, compiled once a process."""
-    return Kernel(source, name, dict(macros), index)
+    return Kernel(source, name, dict(macros), index, before)
+
+
+def _value(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.data_ptr()
+    return ctypes.c_int(argument) if isinstance(argument, int) else argument
+
+
+def tensor_map(x: Tensor, box: int) -> "TensorMapDescriptor":
+    """How the copy engine of sm90 finds a matrix: in tiles of `box` rows by 64 columns, swizzled in
+    128 bytes; what lies beyond its edges reads as 0. It is a value, and holds no memory.
+
+    Args:
+        x: contiguous [rows, columns] of two bytes each, columns a multiple of 8, 16-byte aligned.
+        box: at most 256.
+    """
+    rows, columns = x.shape
+    return _tensor_map(x.data_ptr(), rows, columns, box, x.device.index)
+
+
+# All that a map says is in its key, so memory that is used again, in another shape, finds another.
+@functools.lru_cache(maxsize=1024)
+def _tensor_map(
+    address: int, rows: int, columns: int, box: int, index: int
+) -> "TensorMapDescriptor":
+    from cuda.core import Device, TensorMapDescriptorOptions
+    from cuda.core.utils import StridedMemoryView
+
+    Device(index).set_current()
+    options = TensorMapDescriptorOptions(box_dim=(box, 64))
+    options.swizzle = type(options.swizzle).SWIZZLE_128B  # enums that cuda.core does not export
+    options.l2_promotion = type(options.l2_promotion).L2_256B
+    view = StridedMemoryView.from_any_interface(_Memory(address, (rows, columns)), stream_ptr=-1)
+    return view.as_tensor_map(options=options)
+
+
+class _Memory:
+    """Memory of a GPU as NumPy's typing describes it, of two bytes each: fp16 and bf16 alike."""
+
+    def __init__(self, address: int, shape: tuple[int, int]) -> None:
+        self.__cuda_array_interface__ = {
+            "data": (address, True),
+            "shape": shape,
+            "typestr": "<f2",
+            "version": 3,
+        }
 
 
 def _cubin(code: str, name: str, macros: dict[str, int], index: int) -> bytes:

@@ -27,6 +27,7 @@ from salience.kernels._fragments import (
 )
 from salience.kernels.choice import Shape, Variant
 from salience.kernels.mma_cuda import Mma
+from salience.kernels.wgmma_cuda import Wgmma
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
@@ -104,7 +105,7 @@ class Dequantize:
         return y
 
 
-VARIANTS: tuple[Variant, ...] = (Mma(), Triton(), Dequantize())
+VARIANTS: tuple[Variant, ...] = (Mma(), Wgmma(), Triton(), Dequantize())
 
 
 class Gpu:

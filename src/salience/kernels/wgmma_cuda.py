@@ -1,0 +1,261 @@
+"""Weights of 2, 3, 4 and 8 bits times 16 tokens and more, on Hopper: `cuda/wgmma.cu`.
+
+Hopper's matrix unit is full only when four warps together issue `wgmma`, which takes its left
+operand from registers. So the product is y^T = W x^T: the weight, in the layout of `_fragments`, is
+loaded straight into the registers that the instruction wants, unpacked there and multiplied. Few
+tokens wait for the weight, many for the matrix unit; unpacking hides behind both, because
+
+    few     each code is unpacked once: one block of the grid has all tokens
+    many    256 tokens share what is unpacked: a step of 64 x 16 takes the matrix unit 128 cycles,
+            and its unpacking some 15 instructions of each of four warps
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from salience.errors import SalienceError
+from salience.kernels import cuda_program
+from salience.kernels._fragments import BLOCK, ROWS, TILE
+from salience.kernels.choice import Shape, bucket
+
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1}
+_SCALES = {**_DTYPES, torch.float32: 2}
+_SHARED_BYTES = 227 * 1024  # that a block may have on sm90
+_PROCESSORS = 132
+_FEWEST, _MOST = 16, 256  # tokens of a block
+_WORTH_TRYING = 12
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """How the work of one product is cut.
+
+    Args:
+        tokens: of a thread block, a multiple of 16.
+        warpgroups: of a thread block, beside the one that brings x.
+        row_tiles: of 64 rows, that a warpgroup has.
+        split: thread blocks of a cluster that share the columns.
+        share: thread blocks of a cluster that share the x they bring, for other rows.
+        stages: blocks of 128 columns of x in shared memory.
+        depth: blocks of the weight under way.
+        buffers: unpacked operands, 2 or 4.
+        resident: thread blocks that a processor holds at once.
+        strip: tiles of tokens that go down the rows together.
+    """
+
+    tokens: int
+    warpgroups: int = 2
+    row_tiles: int = 1
+    split: int = 1
+    share: int = 1
+    stages: int = 4
+    depth: int = 2
+    buffers: int = 2
+    resident: int = 1
+    strip: int = 4
+
+    @property
+    def rows(self) -> int:
+        """Of a thread block."""
+        return ROWS * self.warpgroups * self.row_tiles
+
+    @property
+    def threads(self) -> int:
+        return 128 * self.warpgroups + 128
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the ring of x, or in its place the sums; 1024 to align it."""
+        return max(self.stages * 2 * BLOCK * self.tokens, 4 * self.tokens * (self.rows + 4)) + 1024
+
+    def macros(
+        self, bits: int, group_size: int, columns: int, bf16: bool, scale: int, once: bool
+    ) -> dict[str, int]:
+        """What wgmma.cu wants defined, for a weight of `columns` in groups of `group_size`.
+
+        Args:
+            bits: of a code.
+            group_size: at most `columns`.
+            columns: of the weight.
+            bf16: dtype of x, else fp16.
+            scale: dtype of scales, 0 fp16, 1 bf16, 2 fp32.
+            once: the weight is read by one row of thread blocks only.
+        """
+        small = group_size in (32, 64) and group_size < columns
+        return {
+            "BITS": bits,
+            "GROUP": group_size if small else BLOCK,
+            "GROUP_BLOCKS": -(-group_size // BLOCK),
+            "BF16": int(bf16),
+            "SCALE": scale,
+            "TOKENS": self.tokens,
+            "WARPGROUPS": self.warpgroups,
+            "ROW_TILES": self.row_tiles,
+            "SPLIT": self.split,
+            "SHARE": self.share,
+            "STAGES": self.stages,
+            "DEPTH": self.depth,
+            "BUFFERS": self.buffers,
+            "RESIDENT": self.resident,
+            "STREAM": int(once),
+        }
+
+
+def instruction(tokens: int, bf16: bool) -> str:
+    """The function `wgmma` of CUDA C++ for so many tokens: sums += a b, b in shared memory."""
+    count = tokens // 2
+    kind = "bf16" if bf16 else "f16"
+    sums = ", ".join(f"%{i}" for i in range(count))
+    operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
+    a = ", ".join(f"%{count + i}" for i in range(4))
+    return f"""
+__device__ __forceinline__ void wgmma(float (&d)[{count}], const unsigned (&a)[4],
+                                      unsigned long long b) {{
+  asm volatile("wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{kind}.{kind} "
+      "{{{sums}}}, {{{a}}}, %{count + 4}, 1, 1, 1, 0;"
+      : {operands} : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+}}
+"""
+
+
+class Wgmma:
+    """The variant for many tokens on Hopper; its instruction is in no GPU before and none after."""
+
+    name = "wgmma"
+
+    def supports(self, shape: Shape, tokens: int, device: torch.device) -> bool:
+        """Half precision, 16 tokens and more, groups of 32, 64, multiples of 128, or whole rows."""
+        return (
+            device.type == "cuda"
+            and shape.dtype in _DTYPES
+            and tokens >= _FEWEST
+            and _takes_groups(shape.group_size, shape.columns)
+            and cuda_program.available()
+            and torch.cuda.get_device_capability(device)[0] == 9
+        )
+
+    def options(self, shape: Shape, tokens: int) -> list[dict[str, int]]:
+        """What is worth measuring."""
+        found = _configs(shape.bits, shape.rows, shape.columns, tokens)
+        return [asdict(config) for config in islice(found, _WORTH_TRYING)]
+
+    def multiply(
+        self,
+        x: Tensor,
+        packed: list[Tensor],
+        bits: int,
+        group_size: int,
+        out_features: int,
+        **options: int,
+    ) -> Tensor:
+        """x [tokens, in] half-precision times a packed weight: [tokens, out]; options of Config.
+
+        Raises:
+            SalienceError: such groups do not fall on the columns that are unpacked at once.
+        """
+        words, scales, zeros = packed
+        columns, index = x.shape[1], x.device.index
+        size = columns if group_size == -1 else min(group_size, columns)
+        if not _takes_groups(size, columns):
+            raise SalienceError(f"kernel {self.name} has no groups of {size}; use 32, 64 or 128 n")
+        if columns % 8 or not x.is_contiguous() or x.data_ptr() % 16:
+            x = torch.nn.functional.pad(x, (0, -columns % 8)).contiguous()
+        y = x.new_empty(len(x), out_features)
+        if not len(x):
+            return y
+        config = Config(**options) if options else usual(bits, out_features, columns, len(x))
+        token_tiles = -(-len(x) // config.tokens)
+        bf16 = x.dtype == torch.bfloat16
+        macros = config.macros(bits, size, columns, bf16, _SCALES[scales.dtype], token_tiles == 1)
+        before = instruction(config.tokens, bf16)
+        kernel = cuda_program.kernel("wgmma.cu", "multiply", tuple(macros.items()), index, before)
+        tiles, blocks = words.shape[:2]
+        high = -(-tiles * TILE // (config.rows * config.share))
+        numbers = (len(x), out_features, tiles, blocks, scales.shape[1], token_tiles, config.strip)
+        kernel.launch(
+            (high * token_tiles, 1, 1),
+            config.threads,
+            (
+                cuda_program.tensor_map(x, config.tokens // config.share),
+                *(words, scales, zeros, y),
+                *numbers,
+            ),
+            shared=config.shared,
+            cluster=config.split * config.share,
+            overlap=True,
+        )
+        return y
+
+
+def _takes_groups(size: int, columns: int) -> bool:
+    return size in (32, 64) or size % BLOCK == 0 or size == columns
+
+
+def usual(bits: int, rows: int, columns: int, tokens: int) -> Config:
+    """What is good for such a product, as far as one can say without measuring."""
+    width = min(_MOST, max(_FEWEST, bucket(tokens)))
+    wide = -(-rows // (2 * ROWS)) * -(-tokens // width)
+    if width == _MOST and 2 * wide <= _PROCESSORS:
+        width //= 2
+    tiles = -(-rows // (2 * ROWS)) * -(-tokens // width)
+    split = 1
+    while split < 4 and 2 * split * tiles <= _PROCESSORS and 8 * split * BLOCK <= columns:
+        split *= 2
+    if width <= 64:
+        return Config(width, split=split, depth=_deep(bits), resident=2)
+    return Config(width, split=split, stages=3 if width == _MOST else 4)
+
+
+def _deep(bits: int) -> int:
+    """Blocks of the weight that the registers of two thread blocks of a processor still hold."""
+    return 2 if bits == 8 else 4
+
+
+def _configs(bits: int, rows: int, columns: int, tokens: int) -> Iterator[Config]:
+    """The configurations worth measuring for a product, those of an H100's likeliest first."""
+    width = min(_MOST, max(_FEWEST, bucket(tokens)))
+    first = usual(bits, rows, columns, tokens)
+    yield first
+    if tokens > 512:
+        yield Config(_MOST, stages=3, share=2)
+        yield Config(_MOST, stages=3, depth=1, share=2)
+        if tokens > 1024:
+            yield Config(_MOST, stages=3, share=2, strip=8)
+            yield Config(_MOST, stages=3, share=2, strip=2)
+            yield Config(_MOST, stages=3, strip=8)
+        return
+    found = {}
+    for config in _shapes(width, _deep(bits)):
+        for share in (1, 2):
+            tiles = -(-rows // (config.rows * share)) * share * -(-tokens // config.tokens)
+            for split in (1, 2, 4):
+                made = replace(config, split=split, share=share)
+                crowd = tiles * split > _PROCESSORS * config.resident
+                short = 4 * split * BLOCK > columns
+                if made != first and not (split > 1 and (crowd or short)):
+                    found[made] = abs(math.log2(tiles * split / _PROCESSORS))
+    yield from sorted(found, key=found.__getitem__)
+
+
+def _shapes(width: int, deep: int) -> Iterator[Config]:
+    """Of blocks of so many tokens; each will be split and shared."""
+    if width <= 64:
+        yield Config(width, depth=deep, resident=2)
+        yield Config(width, depth=2, resident=2)
+        yield Config(width, warpgroups=1, depth=deep, resident=2)
+        yield Config(width, row_tiles=2)
+    elif width == 128:
+        yield Config(128)
+        yield Config(128, warpgroups=1, depth=deep, resident=2, stages=3)
+        yield Config(128, row_tiles=2)
+        yield Config(64, depth=deep, resident=2)
+    else:
+        yield Config(256, stages=3)
+        yield Config(128)
+        yield Config(128, warpgroups=1, depth=deep, resident=2, stages=3)
+        yield Config(256, warpgroups=1, stages=3)

@@ -1,0 +1,397 @@
+"""The CUDA C++ kernels: what can be said of them without a GPU, then on one against fp64."""
+
+import itertools
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+
+import numpy as np
+import pytest
+import torch
+
+from salience.kernels import _fragments, cuda_program
+from salience.kernels.choice import TOKENS, Shape
+from salience.kernels.mma_cuda import Mma
+from salience.kernels.wgmma_cuda import Config, Wgmma, instruction, usual
+
+FP16, BF16 = torch.float16, torch.bfloat16
+SHAPES = [  # columns, rows
+    (4096, 4096), (4096, 28672), (14336, 4096), (8192, 8192), (4096, 1024), (4096, 6144),
+    (768, 3072), (64, 64), (96, 40), (128, 100), (1000, 333),
+]  # fmt: skip
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.mark.parametrize(("columns", "rows"), SHAPES)
+@pytest.mark.parametrize("bits", _fragments.BITS)
+def test_options_of_wgmma_fit_the_gpu(bits, columns, rows):
+    for tokens in TOKENS:
+        if tokens < 16:
+            continue
+        options = Wgmma().options(Shape(bits, 32, columns, rows, FP16), tokens)
+        assert 1 <= len(options) <= 12
+        assert len({tuple(one.items()) for one in options}) == len(options)
+        for config in (*(Config(**one) for one in options), usual(bits, rows, columns, tokens)):
+            assert (config.shared + 1024) * config.resident <= 228 * 1024  # of a processor
+            assert config.threads * config.resident <= 2048
+            assert config.split * config.share <= 8  # blocks of a portable cluster
+            assert config.tokens % (8 * config.share) == 0 and config.tokens % config.split == 0
+            assert config.tokens <= 256 and config.stages >= 2 and config.buffers in (2, 4)
+            sums = config.tokens // 2 * config.row_tiles
+            words = config.depth * config.row_tiles * (2 * bits + 2)
+            # Registers of a consumer, as wgmma.cu shares them out
+            even = min(248, 65536 // (config.threads * config.resident) // 8 * 8)
+            assert sums + words < min(240, even + (even - 40) // config.warpgroups)
+
+
+def test_a_tile_for_few_tokens_is_narrow():
+    assert usual(4, 4096, 4096, 9).tokens == 16
+    assert usual(4, 4096, 4096, 33).tokens == 64
+    assert usual(4, 28672, 4096, 4096).tokens == 256
+
+
+def test_the_instruction_names_each_register_once():
+    text = instruction(64, True)
+    assert "m64n64k16.f32.bf16.bf16" in text and text.count('"+f"') == 32
+    assert "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;" in text
+
+
+# ---- unpacking, compiled for the CPU ---------------------------------------------------------
+
+_HOST = r"""
+#include <cstdio>
+#include <cstring>
+#define __device__
+float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+float half(unsigned h) {
+  _Float16 x; unsigned short s = h; memcpy(&x, &s, 2); return float(x);
+}
+unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  unsigned char from[8]; memcpy(from, &a, 4); memcpy(from + 4, &b, 4);
+  unsigned result = 0;
+  for (int i = 0; i < 4; i++) result |= unsigned(from[selector >> 4 * i & 7]) << 8 * i;
+  return result;
+}
+template <bool B> float get(unsigned h) { return B ? __uint_as_float(h << 16) : half(h & 0xffff); }
+template <bool B> unsigned put(double d) {
+  if (B) {
+    float f = d; unsigned u; memcpy(&u, &f, 4);
+    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
+  }
+  _Float16 x = d; unsigned short s; memcpy(&s, &x, 2); return s;
+}
+template <bool B, class F> unsigned two(F f) { return put<B>(f(0)) | put<B>(f(16)) << 16; }
+template <class F> void all(int words, F unpack) {
+  unsigned in[19];
+  for (int lane = 0; lane < 64; lane++) {
+    fread(in, 4, words + 3, stdin);
+    for (int pair = 0; pair < 32; pair++) {
+      unsigned result = unpack(in, pair);
+      fwrite(&result, 4, 1, stdout);
+    }
+  }
+}
+"""
+
+_EACH = r"""
+namespace n%(name)s {
+#define BITS %(bits)d
+#define BF16 %(bf16)d
+#define SCALE %(scale)d
+constexpr int MANTISSA = BF16 ? 7 : 10, WORDS = 2 * BITS;
+#define G(x, i) get<BF16>((x) >> (i))
+unsigned add2(unsigned a, unsigned b) {
+  return two<BF16>([&](int i) { return double(G(a, i)) + G(b, i); });
+}
+unsigned multiply2(unsigned a, unsigned b) {
+  return two<BF16>([&](int i) { return double(G(a, i)) * G(b, i); });
+}
+unsigned fma2(unsigned a, unsigned b, unsigned c) {
+  return two<BF16>([&](int i) { return double(G(a, i)) * G(b, i) + G(c, i); });
+}
+unsigned pack2(float low, float high) { return put<BF16>(low) | put<BF16>(high) << 16; }
+%(body)s
+void run() {
+  all(WORDS, [](unsigned* in, int pair) {
+    unsigned words[WORDS], masks[PLACES];
+    memcpy(words, in, sizeof words);
+    for (int i = 0; i < PLACES; i++) masks[i] = mask_of(i * BITS);
+    return unpack(words, pair, pair %% 2, group_of(in[WORDS], in[WORDS + 1], in[WORDS + 2]), masks);
+  });
+}
+#undef BITS
+#undef BF16
+#undef SCALE
+#undef G
+}
+"""
+_CASES = [(bits, bf16, bf16) for bits in _fragments.BITS for bf16 in (0, 1)]
+_CASES += [(4, 0, 2), (4, 1, 0), (8, 1, 2)]  # bits, bf16, dtype of scales
+_DTYPES = (FP16, BF16, torch.float32)
+
+
+def _compiled(folder):
+    text = files("salience.kernels").joinpath("cuda", "wgmma.cu").read_text()
+    body = text[text.index("// 2^power in both") : text.index("// ---- loads of the weight")]
+    start = body.index('  asm("{.reg .f16 a')
+    end = body.index('"r"(low));', start) + len('"r"(low));')
+    body = body[:start] + "s[0] = half(low & 0xffff); s[1] = half(low >> 16);" + body[end:]
+    parts = [
+        _EACH % {"name": i, "bits": bits, "bf16": bf16, "scale": scale, "body": body}
+        for i, (bits, bf16, scale) in enumerate(_CASES)
+    ]
+    runs = "".join(f"n{i}::run();" for i in range(len(_CASES)))
+    source = folder / "unpack.cpp"
+    source.write_text(_HOST + "".join(parts) + f"int main() {{ {runs} }}")
+    command = ["g++", "-std=c++17", "-w", "-O0", "-o", str(folder / "unpack"), str(source)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    if "_Float16" in made.stderr and "error" in made.stderr:
+        pytest.skip("this g++ has no _Float16")
+    assert made.returncode == 0, made.stderr[:2000]
+    return folder / "unpack"
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_unpacking_is_exact(tmp_path):
+    """The kernel's own text, compiled for the CPU: (code - zero) scale, rounded once."""
+    random = np.random.default_rng(0)
+    lanes = 64
+    sent, want = [], []
+    for bits, bf16, scale in _CASES:
+        words = random.integers(0, 2**32, (lanes, 2 * bits), dtype=np.uint32)
+        scales = torch.tensor(random.uniform(-0.05, 0.05, (lanes, 2)), dtype=_DTYPES[scale])
+        zeros = random.integers(0, 2**bits, (lanes, 2))
+        if scale == 2:
+            stored = scales.numpy().view(np.uint32)
+        else:
+            short = scales.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+            stored = np.stack([short[:, 0] | short[:, 1] << 16, np.zeros(lanes, np.uint32)], 1)
+        both = (zeros[:, 0] | zeros[:, 1] << 8).astype(np.uint32)
+        sent.append(np.concatenate([words, stored, both[:, None]], 1).astype(np.uint32).tobytes())
+        codes = np.zeros((lanes, 32, 2), int)
+        for pair, places in enumerate(_fragments._places(bits)):
+            for half, (word, shift, count, place) in itertools.product(range(2), places):
+                found = words[:, word] >> (shift + 16 * half) & (2**count - 1)
+                codes[:, pair, half] |= found.astype(int) << place
+        row = np.arange(32) % 2  # registers 1 and 3 are of row g + 8
+        less = torch.from_numpy(codes - zeros[:, row][:, :, None]).double()
+        dtype = _DTYPES[bf16]
+        exact = bits == 8 and bf16  # in fp32, which has room for the scale as it is
+        factor = scales if exact else scales.to(dtype)
+        want.append((less * factor[:, row][:, :, None].double()).to(dtype).view(torch.int16))
+    program = _compiled(tmp_path)
+    got = subprocess.run([program], input=b"".join(sent), capture_output=True, check=True).stdout
+    got = torch.from_numpy(np.frombuffer(got, np.int16).copy()).view(len(_CASES), lanes, 32, 2)
+    for case, here, right in zip(_CASES, got, want, strict=True):
+        assert torch.equal(here, right), case
+
+
+# ---- launches, recorded ----------------------------------------------------------------------
+
+
+class Recorded:
+    """In place of `cuda_program.kernel`: what would be compiled and launched."""
+
+    def __init__(self, monkeypatch):
+        self.compiled, self.launched = {}, []
+        monkeypatch.setattr(cuda_program, "kernel", self.kernel)
+        monkeypatch.setattr(cuda_program, "capability", lambda index: 90)
+        monkeypatch.setattr(cuda_program, "tensor_map", lambda x, box: (x.shape, box))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def kernel(self, source, name, macros, index, before=""):
+        self.compiled[source, macros, before] = None
+        return self
+
+    def launch(self, grid, threads, arguments, **more):
+        self.launched.append((grid, threads, arguments, more))
+
+
+def packed_weight(bits, group, rows, columns, scales=FP16, device="cpu", seed=0):
+    random = torch.Generator().manual_seed(seed)
+    codes = torch.randint(2**bits, (rows, columns), dtype=torch.uint8, generator=random)
+    size = (rows, -(-columns // group))
+    scale = (torch.rand(size, generator=random) / 50 + 0.001).to(scales)
+    zero = torch.randint(2**bits, size, dtype=torch.uint8, generator=random)
+    packed = [
+        _fragments.pack_fragments(codes, bits),
+        _fragments.order_rows(scale),
+        _fragments.order_rows(zero),
+    ]
+    spread = [t.double().repeat_interleave(group, 1)[:, :columns] for t in (scale, zero)]
+    return [t.to(device) for t in packed], ((codes.double() - spread[1]) * spread[0]).to(device)
+
+
+def test_what_wgmma_launches(monkeypatch):
+    recorded = Recorded(monkeypatch)
+    packed, _ = packed_weight(4, 32, 333, 1003)
+    y = Wgmma().multiply(torch.zeros(77, 1003, dtype=FP16), packed, 4, 32, 333, tokens=32, share=2)
+    assert y.shape == (77, 333)
+    [(grid, threads, arguments, more)] = recorded.launched
+    assert grid == (2 * 3, 1, 1) and threads == 384  # clusters: of 256 rows, of 32 tokens
+    assert arguments[0] == ((77, 1008), 16)  # rows of a multiple of 16 bytes, half of the tokens
+    assert more == {"shared": 33 * 1024, "cluster": 2, "overlap": True}
+    assert arguments[5:] == (77, 333, 24, 8, 32, 3, 4)
+    [(_, macros, _)] = recorded.compiled
+    assert dict(macros)["GROUP"] == 32 and dict(macros)["STREAM"] == 0
+
+
+def _every_option(monkeypatch, variant, tokens, shapes, bits, group, dtype, scales):
+    recorded = Recorded(monkeypatch)
+    for (columns, rows), most in itertools.product(shapes, tokens):
+        size = (-(-rows // 64) * 4, -(-columns // 128))
+        packed = [
+            torch.empty(*size, 64 * bits, dtype=torch.int32),
+            torch.empty(size[0], columns // group, 16, dtype=scales),
+            torch.empty(size[0], columns // group, 16, dtype=torch.uint8),
+        ]
+        shape = Shape(bits, group, columns, rows, dtype)
+        for options in ({}, *variant.options(shape, most)):
+            x = torch.empty(most, columns, dtype=dtype)
+            variant.multiply(x, packed, bits, group, rows, **options)
+    return list(recorded.compiled)
+
+
+def _compile(case):
+    from cuda.bindings import nvrtc
+
+    source, macros, before = case
+    text = before + files("salience.kernels").joinpath("cuda", source).read_text()
+    status, program = nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), 0, [], [])
+    flags = [f"-D{name}={value}".encode() for name, value in (*macros, ("SM", 90))]
+    flags += [b"--gpu-architecture=sm_90a", b"--std=c++17"]
+    (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
+    log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+    nvrtc.nvrtcGetProgramLog(program, log)
+    return log.decode(errors="replace") if int(status) else "", case
+
+
+def _compile_all(cases):
+    nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+    try:
+        nvrtc.nvrtcVersion()
+    except (RuntimeError, OSError) as error:
+        pytest.skip(f"no NVRTC: {str(error)[:100]}")
+    with ThreadPoolExecutor() as pool:
+        for log, case in pool.map(_compile, cases):
+            assert not log, (case[1], log[:2000])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [Mma(), Wgmma()], ids=["mma", "wgmma"])
+def test_every_option_compiles(monkeypatch, variant):
+    tokens = (1, 8, 16, 32, 64) if variant.name == "mma" else (16, 64, 128, 256, 4096)
+    shapes = SHAPES[:2]
+    _compile_all(_every_option(monkeypatch, variant, tokens, shapes, 4, 128, FP16, FP16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [Mma(), Wgmma()], ids=["mma", "wgmma"])
+def test_every_kind_of_weight_compiles(monkeypatch, variant):
+    recorded = Recorded(monkeypatch)
+    kinds = itertools.product(_fragments.BITS, (32, 64, 128, 256), (FP16, BF16))
+    for bits, group, dtype in kinds:
+        for scales in _DTYPES if bits == 4 else (dtype,):
+            packed, _ = packed_weight(bits, group, 64, 256, scales)
+            variant.multiply(torch.zeros(16, 256, dtype=dtype), packed, bits, group, 64)
+    _compile_all(list(recorded.compiled))
+
+
+# ---- on a GPU --------------------------------------------------------------------------------
+
+TOLERANCE = {FP16: 6e-4, BF16: 6e-3}
+
+
+def worst(variant, bits, group, dtype, tokens, rows, columns, scales=None, **options):
+    size = columns if group == -1 else group
+    packed, weight = packed_weight(bits, size, rows, columns, scales or dtype, "cuda")
+    random = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, columns, generator=random).to("cuda", dtype)
+    torch.full((tokens, rows), torch.nan, dtype=dtype, device="cuda")  # y is given this memory
+    y = variant.multiply(x, packed, bits, group, rows, **options)
+    want = x.double() @ weight.T
+    assert y.shape == want.shape and y.dtype == dtype
+    return ((y.double() - want).norm() / want.norm()).item() / TOLERANCE[dtype]
+
+
+def _all_right(variant, cases):
+    shape = Shape(4, 128, 4096, 4096, FP16)
+    if not variant.supports(shape, 16, torch.device("cuda")):
+        pytest.skip(f"{variant.name} is not for this GPU")
+
+    def run(case):
+        positional, options = case
+        return worst(variant, *positional, **options), case
+
+    with ThreadPoolExecutor(8) as pool:
+        wrong = [(ratio, case) for ratio, case in pool.map(run, cases) if not ratio <= 1]
+    assert not wrong
+
+
+@on_gpu
+@pytest.mark.parametrize("bits", _fragments.BITS)
+@pytest.mark.parametrize("variant", [Mma(), Wgmma()], ids=["mma", "wgmma"])
+def test_against_fp64(variant, bits):
+    cases = [
+        ((bits, group, dtype, 16, 256, 1024), {})
+        for group, dtype in itertools.product((32, 64, 128, 256, -1), (FP16, BF16))
+    ]
+    cases += [((bits, 128, BF16, 16, 256, 512, scales), {}) for scales in (FP16, torch.float32)]
+    odd = [(1, 64, 128), (17, 333, 256), (41, 100, 1152), (64, 48, 640)]
+    cases += [((bits, 128, FP16, *size), {}) for size in odd]
+    cases += [((bits, 32, FP16, 33, 333, 1056), {}), ((bits, -1, BF16, 19, 65, 1003), {})]
+    _all_right(variant, cases)
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [16, 64, 128, 300, 1100])
+def test_every_way_to_cut_the_work(tokens):
+    variant = Wgmma()
+    columns, rows = 2048, 1000
+    shape = Shape(4, 128, 4096, 4096, FP16)
+    options = variant.options(shape, 1 << (tokens - 1).bit_length())
+    _all_right(variant, [((4, 128, FP16, tokens, rows, columns), one) for one in options])
+
+
+@on_gpu
+def test_memory_used_again_in_another_shape():
+    """A tensor map is made of an address and a shape; both must be those of this call."""
+    variant = Wgmma()
+    if not variant.supports(Shape(4, 128, 256, 64, FP16), 16, torch.device("cuda")):
+        pytest.skip("not for this GPU")
+    memory = torch.randn(64 * 512, device="cuda").half()
+    for tokens, columns in ((64, 512), (128, 256), (64, 256), (64, 512)):
+        packed, weight = packed_weight(4, 128, 64, columns, device="cuda")
+        x = memory[: tokens * columns].view(tokens, columns)
+        y = variant.multiply(x, packed, 4, 128, 64)
+        want = x.double() @ weight.T
+        assert (y.double() - want).norm() <= TOLERANCE[FP16] * want.norm()
+
+
+@on_gpu
+def test_in_a_graph_one_after_the_other():
+    """Each kernel may start before the one ahead has ended, and must wait for its output."""
+    variant = Wgmma()
+    if not variant.supports(Shape(4, 128, 512, 512, FP16), 32, torch.device("cuda")):
+        pytest.skip("not for this GPU")
+    layers = [packed_weight(4, 128, 512, 512, device="cuda", seed=seed) for seed in range(4)]
+    x = torch.randn(32, 512, device="cuda").half()
+
+    def chain(y):
+        for packed, _ in layers:
+            y = variant.multiply(y, packed, 4, 128, 512)
+        return y
+
+    chain(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(x)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x.copy_(torch.randn(32, 512))
+        graph.replay()
+        want = x.double()
+        for _, weight in layers:
+            want = (want @ weight.T).half().double()
+        assert (y.double() - want).norm() <= 4 * TOLERANCE[FP16] * want.norm()
