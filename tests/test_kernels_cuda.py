@@ -27,7 +27,7 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("bits", _fragments.BITS)
 def test_options_of_wgmma_fit_the_gpu(bits, columns, rows):
     for tokens in TOKENS:
-        if tokens < 16:
+        if tokens < 32:
             continue
         options = Wgmma().options(Shape(bits, 32, columns, rows, FP16), tokens)
         assert 1 <= len(options) <= 12
@@ -35,8 +35,8 @@ def test_options_of_wgmma_fit_the_gpu(bits, columns, rows):
         for config in (*(Config(**one) for one in options), usual(bits, rows, columns, tokens)):
             assert (config.shared + 1024) * config.resident <= 228 * 1024  # of a processor
             assert config.threads * config.resident <= 2048
-            assert config.split * config.share <= 8  # blocks of a portable cluster
-            assert config.tokens % (8 * config.share) == 0 and config.tokens % config.split == 0
+            assert config.split <= 8  # blocks of a portable cluster
+            assert config.tokens % 8 == 0 and config.tokens % config.split == 0
             assert config.tokens <= 256 and config.stages >= 2 and config.buffers in (2, 4)
             sums = config.tokens // 2 * config.row_tiles
             words = config.depth * config.row_tiles * (2 * bits + 2)
@@ -46,7 +46,7 @@ def test_options_of_wgmma_fit_the_gpu(bits, columns, rows):
 
 
 def test_a_tile_for_few_tokens_is_narrow():
-    assert usual(4, 4096, 4096, 9).tokens == 16
+    assert usual(4, 4096, 4096, 9).tokens == 32
     assert usual(4, 4096, 4096, 33).tokens == 64
     assert usual(4, 28672, 4096, 4096).tokens == 256
 
@@ -114,10 +114,9 @@ unsigned pack2(float low, float high) { return put<BF16>(low) | put<BF16>(high) 
 %(body)s
 void run() {
   all(WORDS, [](unsigned* in, int pair) {
-    unsigned words[WORDS], masks[PLACES];
+    unsigned words[WORDS];
     memcpy(words, in, sizeof words);
-    for (int i = 0; i < PLACES; i++) masks[i] = mask_of(i * BITS);
-    return unpack(words, pair, pair %% 2, group_of(in[WORDS], in[WORDS + 1], in[WORDS + 2]), masks);
+    return unpack(words, pair, pair %% 2, group_of(in[WORDS], in[WORDS + 1], in[WORDS + 2]));
   });
 }
 #undef BITS
@@ -226,13 +225,13 @@ def packed_weight(bits, group, rows, columns, scales=FP16, device="cpu", seed=0)
 def test_what_wgmma_launches(monkeypatch):
     recorded = Recorded(monkeypatch)
     packed, _ = packed_weight(4, 32, 333, 1003)
-    y = Wgmma().multiply(torch.zeros(77, 1003, dtype=FP16), packed, 4, 32, 333, tokens=32, share=2)
+    y = Wgmma().multiply(torch.zeros(77, 1003, dtype=FP16), packed, 4, 32, 333, tokens=32)
     assert y.shape == (77, 333)
     [(grid, threads, arguments, more)] = recorded.launched
-    assert grid == (2 * 3, 1, 1) and threads == 384  # clusters: of 256 rows, of 32 tokens
-    assert arguments[0] == ((77, 1008), 16)  # rows of a multiple of 16 bytes, half of the tokens
-    assert more == {"shared": 33 * 1024, "cluster": 2, "overlap": True}
-    assert arguments[5:] == (77, 333, 24, 8, 32, 3, 4)
+    assert grid == (3 * 3, 1, 1) and threads == 384  # of 128 rows, of 32 tokens
+    assert arguments[0] == ((77, 1008), 32)  # rows of a multiple of 16 bytes
+    assert more == {"shared": 33 * 1024, "cluster": 1}
+    assert arguments[5:] == (77, 333, 24, 8, 32, 1, 3)
     [(_, macros, _)] = recorded.compiled
     assert dict(macros)["GROUP"] == 32 and dict(macros)["STREAM"] == 0
 
@@ -281,7 +280,7 @@ def _compile_all(cases):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [Mma(), Wgmma()], ids=["mma", "wgmma"])
 def test_every_option_compiles(monkeypatch, variant):
-    tokens = (1, 8, 16, 32, 64) if variant.name == "mma" else (16, 64, 128, 256, 4096)
+    tokens = (1, 8, 16, 32, 64) if variant.name == "mma" else (32, 64, 128, 256, 4096)
     shapes = SHAPES[:2]
     _compile_all(_every_option(monkeypatch, variant, tokens, shapes, 4, 128, FP16, FP16))
 
@@ -317,7 +316,7 @@ def worst(variant, bits, group, dtype, tokens, rows, columns, scales=None, **opt
 
 def _all_right(variant, cases):
     shape = Shape(4, 128, 4096, 4096, FP16)
-    if not variant.supports(shape, 16, torch.device("cuda")):
+    if not variant.supports(shape, 32, torch.device("cuda")):
         pytest.skip(f"{variant.name} is not for this GPU")
 
     def run(case):

@@ -2,8 +2,7 @@
 
 `Gpu` owns the tensors, in the order of `_fragments`; what multiplies them are variants, each best
 for some numbers of tokens, GPUs and shapes. All read the same tensors, so that the choice is made
-anew for each product, by measured tables (`choice`). Without a table of this GPU the first variant
-that can takes few tokens, and the weight is dequantized for many.
+anew for each product, by measured tables (`choice`), or without a table of this GPU by a rule.
 """
 
 import functools
@@ -32,6 +31,7 @@ from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
 _FEW_TOKENS = 64  # at which a multiply from the packed weight is about as fast as cuBLAS
+_SOME_TOKENS = 2048  # up to which Hopper's own kernel is
 _TILE_ELEMENTS = 2**24  # of the weight that are dequantized at a time: 32 MiB, in an H100's L2
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _SM80 = (8, 0)
@@ -138,8 +138,10 @@ class Gpu:
             raise SalienceError(f"kernel {self.name} takes no act-order weight; use reference")
         if not _takes(qt.scheme, qt.in_features):
             raise SalienceError(f"kernel {self.name} takes no {qt.scheme}; use reference")
-        words = pack_fragments(qt.q, qt.scheme.bits)
-        return [words, order_rows(qt.scales), order_rows(qt.zeros)]
+        packed = [pack_fragments(qt.q, qt.scheme.bits), order_rows(qt.scales), order_rows(qt.zeros)]
+        if packed[0].is_cuda:
+            torch.cuda.synchronize(packed[0].device)  # kernels read weights before they wait
+        return packed
 
     def unpack(
         self, packed: list[Tensor], scheme: Scheme, in_features: int, out_features: int
@@ -197,11 +199,11 @@ def chosen(shape: Shape, tokens: int, device: torch.device) -> tuple[Variant, Ma
     for timed in choice.order(gpu, shape, tokens):
         if timed.variant in able:
             return able[timed.variant], timed.options
-    many = able.get("dequantize")
-    if many is not None and tokens > _FEW_TOKENS:
-        return many, {}
-    for variant in able.values():
-        return variant, {}
+    few, some = tokens <= _FEW_TOKENS, _FEW_TOKENS // 4 < tokens <= _SOME_TOKENS
+    usual = ("wgmma",) * some + (("mma", "triton") if few else ("dequantize",))
+    for name in (*usual, *able):
+        if name in able:
+            return able[name], {}
     raise SalienceError(_nothing(triton_fault(device)))
 
 

@@ -21,7 +21,6 @@ class Config:
         deep: teams of a thread block, which share the columns.
         stages: blocks of 128 columns under way.
         split: thread blocks of a cluster, which share the columns (sm90 and later).
-        ahead: blocks of each row of tiles that go to the L2 cache before x is there (as `split`).
     """
 
     most: int = 0
@@ -30,7 +29,6 @@ class Config:
     deep: int = 4
     stages: int = 2
     split: int = 1
-    ahead: int = 0
 
 
 _SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -134,7 +132,7 @@ class Mma:
         kernel.launch(
             (1, -(-out_features // rows), -(-len(x) // most)),
             32 * config.high * config.deep,
-            (x, words, scales, zeros, y, *numbers, config.ahead),
+            (x, words, scales, zeros, y, *numbers),
             shared=max(staged, 4 * config.deep * here * rows),
             cluster=config.split,
             overlap=cuda_program.capability(index) >= 90,

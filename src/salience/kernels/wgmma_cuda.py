@@ -1,4 +1,4 @@
-"""Weights of 2, 3, 4 and 8 bits times 16 tokens and more, on Hopper: `cuda/wgmma.cu`.
+"""Weights of 2, 3, 4 and 8 bits times 32 tokens and more, on Hopper: `cuda/wgmma.cu`.
 
 Hopper's matrix unit is full only when four warps together issue `wgmma`, which takes its left
 operand from registers. So the product is y^T = W x^T: the weight, in the layout of `_fragments`, is
@@ -27,7 +27,7 @@ _DTYPES = {torch.float16: 0, torch.bfloat16: 1}
 _SCALES = {**_DTYPES, torch.float32: 2}
 _SHARED_BYTES = 227 * 1024  # that a block may have on sm90
 _PROCESSORS = 132
-_FEWEST, _MOST = 16, 256  # tokens of a block
+_FEWEST, _MOST = 32, 256  # tokens of a block
 _WORTH_TRYING = 12
 
 
@@ -40,24 +40,20 @@ class Config:
         warpgroups: of a thread block, beside the one that brings x.
         row_tiles: of 64 rows, that a warpgroup has.
         split: thread blocks of a cluster that share the columns.
-        share: thread blocks of a cluster that share the x they bring, for other rows.
         stages: blocks of 128 columns of x in shared memory.
         depth: blocks of the weight under way.
         buffers: unpacked operands, 2 or 4.
         resident: thread blocks that a processor holds at once.
-        strip: tiles of tokens that go down the rows together.
     """
 
     tokens: int
     warpgroups: int = 2
     row_tiles: int = 1
     split: int = 1
-    share: int = 1
     stages: int = 4
     depth: int = 2
     buffers: int = 2
     resident: int = 1
-    strip: int = 4
 
     @property
     def rows(self) -> int:
@@ -90,14 +86,12 @@ class Config:
         return {
             "BITS": bits,
             "GROUP": group_size if small else BLOCK,
-            "GROUP_BLOCKS": -(-group_size // BLOCK),
             "BF16": int(bf16),
             "SCALE": scale,
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
             "ROW_TILES": self.row_tiles,
             "SPLIT": self.split,
-            "SHARE": self.share,
             "STAGES": self.stages,
             "DEPTH": self.depth,
             "BUFFERS": self.buffers,
@@ -129,7 +123,7 @@ class Wgmma:
     name = "wgmma"
 
     def supports(self, shape: Shape, tokens: int, device: torch.device) -> bool:
-        """Half precision, 16 tokens and more, groups of 32, 64, multiples of 128, or whole rows."""
+        """Half precision, 17 tokens and more, groups of 32, 64, multiples of 128, or whole rows."""
         return (
             device.type == "cuda"
             and shape.dtype in _DTYPES
@@ -175,19 +169,19 @@ class Wgmma:
         before = instruction(config.tokens, bf16)
         kernel = cuda_program.kernel("wgmma.cu", "multiply", tuple(macros.items()), index, before)
         tiles, blocks = words.shape[:2]
-        high = -(-tiles * TILE // (config.rows * config.share))
-        numbers = (len(x), out_features, tiles, blocks, scales.shape[1], token_tiles, config.strip)
+        high = -(-tiles * TILE // config.rows)
+        group_blocks = -(-size // BLOCK)
+        numbers = (len(x), out_features, tiles, blocks, scales.shape[1], group_blocks, token_tiles)
         kernel.launch(
             (high * token_tiles, 1, 1),
             config.threads,
             (
-                cuda_program.tensor_map(x, config.tokens // config.share),
+                cuda_program.tensor_map(x, config.tokens),
                 *(words, scales, zeros, y),
                 *numbers,
             ),
             shared=config.shared,
-            cluster=config.split * config.share,
-            overlap=True,
+            cluster=config.split,
         )
         return y
 
@@ -222,40 +216,27 @@ def _configs(bits: int, rows: int, columns: int, tokens: int) -> Iterator[Config
     first = usual(bits, rows, columns, tokens)
     yield first
     if tokens > 512:
-        yield Config(_MOST, stages=3, share=2)
-        yield Config(_MOST, stages=3, depth=1, share=2)
-        if tokens > 1024:
-            yield Config(_MOST, stages=3, share=2, strip=8)
-            yield Config(_MOST, stages=3, share=2, strip=2)
-            yield Config(_MOST, stages=3, strip=8)
+        yield Config(_MOST, stages=3, depth=1, buffers=4)
         return
     found = {}
     for config in _shapes(width, _deep(bits)):
-        for share in (1, 2):
-            tiles = -(-rows // (config.rows * share)) * share * -(-tokens // config.tokens)
-            for split in (1, 2, 4):
-                made = replace(config, split=split, share=share)
-                crowd = tiles * split > _PROCESSORS * config.resident
-                short = 4 * split * BLOCK > columns
-                if made != first and not (split > 1 and (crowd or short)):
-                    found[made] = abs(math.log2(tiles * split / _PROCESSORS))
+        tiles = -(-rows // config.rows) * -(-tokens // config.tokens)
+        for split in (1, 2, 4):
+            made = replace(config, split=split)
+            crowd = tiles * split > _PROCESSORS * config.resident
+            short = 4 * split * BLOCK > columns
+            if made != first and not (split > 1 and (crowd or short)):
+                found[made] = abs(math.log2(tiles * split / _PROCESSORS))
     yield from sorted(found, key=found.__getitem__)
 
 
 def _shapes(width: int, deep: int) -> Iterator[Config]:
-    """Of blocks of so many tokens; each will be split and shared."""
+    """Of blocks of so many tokens; each will be split."""
     if width <= 64:
         yield Config(width, depth=deep, resident=2)
-        yield Config(width, depth=2, resident=2)
-        yield Config(width, warpgroups=1, depth=deep, resident=2)
+        yield Config(width, depth=deep)
         yield Config(width, row_tiles=2)
-    elif width == 128:
-        yield Config(128)
-        yield Config(128, warpgroups=1, depth=deep, resident=2, stages=3)
-        yield Config(128, row_tiles=2)
-        yield Config(64, depth=deep, resident=2)
     else:
-        yield Config(256, stages=3)
+        yield Config(width, stages=3 if width == _MOST else 4)
         yield Config(128)
-        yield Config(128, warpgroups=1, depth=deep, resident=2, stages=3)
-        yield Config(256, warpgroups=1, stages=3)
+        yield Config(128, row_tiles=2)

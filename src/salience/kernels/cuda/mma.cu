@@ -17,9 +17,8 @@
 //
 // and no weight is ever rounded. The offsets cost up to 7 of the 23 bits of fp32.
 //
-// Before the first touch of x the kernel waits for the one before it (griddepcontrol.wait). Its
-// first weights depend on nobody and are by then under way, and `ahead` blocks more on their way to
-// the L2 cache, so that the memory bus has work while kernels end, begin, and do small things.
+// Before the first touch of x the kernel waits for the one before it (griddepcontrol.wait); its
+// first weights are by then under way, as they depend on nobody.
 //
 // Options, as macros: BITS 2, 3, 4, 8; SUBS groups to a block of 128 columns (1, 2, 4) or else
 // GROUP_BLOCKS blocks to a group; TOKENS a multiple of 8; TILES 1, 2, 4; HIGH; DEEP; STAGES; SPLIT;
@@ -255,7 +254,7 @@ __device__ __forceinline__ u16 rounded(float value) {
 // y [tokens, out].
 extern "C" __global__ void __launch_bounds__(THREADS)
 mma(const char* x, const char* words, const char* scales, const char* zeros, u16* y, int tokens, int out,
-    int columns, int stride, int groups, int ahead) {
+    int columns, int stride, int groups) {
     extern __shared__ __align__(16) char shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, team = warp / HIGH;
     const int member = warp % HIGH, thread = threadIdx.x % (32 * HIGH);
@@ -279,12 +278,6 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
         if (first + i * DEEP < end)
             fetch(ring[i], words, scales, zeros, at, first + i * DEEP, groups, policy);
 #if SM >= 90
-    const int later = each * static_cast<int>(blockIdx.x) + STAGES * DEEP;
-    const int more = min(ahead, end - later) * (4 * TILE_WORDS);
-    if (team == 0 && lane < TILES && more > 0)
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;"
-                     :: "l"(words + static_cast<u64>(tile + lane) * at.next_words
-                            + later * (4 * TILE_WORDS)), "r"(more));
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif

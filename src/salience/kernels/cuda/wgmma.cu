@@ -6,14 +6,12 @@
 // its operands. One thread of one more warpgroup brings x: tiles of [TOKENS][64 columns], swizzled,
 // two for each block of 128 columns, into a ring of STAGES; its other threads give their registers
 // away. Where rows are few, SPLIT blocks of a cluster share the columns and add their sums up
-// through each other's shared memory, always in one order. SHARE blocks of a cluster, of other rows,
-// need the same x: each brings a part of its tokens to all (multicast), so that the L2 is read less.
+// through each other's shared memory, always in one order.
 //
 // wgmma_cuda.py puts `wgmma(sums, a, b)` for TOKENS before this text, and defines
-//   BITS            of the weight
-//   GROUP           32, 64, or 128 for all that is more, in GROUP_BLOCKS blocks of 128 columns
+//   BITS, GROUP     of the weight; GROUP 128 also for its multiples, groups then span blocks
 //   BF16, SCALE     dtype of x and y; dtype of scales: 0 fp16, 1 bf16, 2 fp32
-//   TOKENS, WARPGROUPS, ROW_TILES, SPLIT, SHARE     the shape of the work, as above
+//   TOKENS, WARPGROUPS, ROW_TILES, SPLIT     the shape of the work, as above
 //   STAGES          blocks of x in shared memory
 //   DEPTH           blocks of the weight in registers, on their way
 //   BUFFERS         unpacked operands: one in use, the others being made
@@ -26,8 +24,6 @@ struct alignas(64) TensorMap { u64 opaque[16]; };
 constexpr int ROWS = 64 * WARPGROUPS * ROW_TILES;
 constexpr int CONSUMERS = 128 * WARPGROUPS;  // threads
 constexpr int THREADS = CONSUMERS + 128;
-constexpr int CLUSTER = SPLIT * SHARE;
-constexpr int PART = TOKENS / SHARE;  // tokens that a block brings
 constexpr int HALF_STAGE = TOKENS * 128;  // bytes: 64 columns
 constexpr int STAGE = 2 * HALF_STAGE;
 constexpr int PITCH = ROWS + 4;  // of the sums in shared memory: no two lanes on one bank
@@ -42,7 +38,6 @@ constexpr int MOST = AT_ENTRY + (AT_ENTRY - 40) / WARPGROUPS / 8 * 8;
 constexpr int REGISTERS = MOST > 240 ? 240 : MOST;  // of a consumer
 
 static_assert(TOKENS % 8 == 0 && TOKENS <= 256 && TOKENS % SPLIT == 0, "tokens");
-static_assert(PART % 8 == 0, "the swizzle repeats after 8 tokens");
 static_assert(STAGES >= 2, "a stage is free only when the next is in use");
 static_assert(BUFFERS == 2 || BUFFERS == 4, "eight steps take the buffers in turn");
 
@@ -95,14 +90,6 @@ __device__ constexpr int shift_of(int at) {
   return at % TURN + BITS <= MANTISSA ? at - at % TURN : at;
 }
 
-// Where codes lie when they are masked: 0, BITS, ...
-constexpr int MOST_PLACES = MANTISSA / BITS < 1 ? 1 : MANTISSA / BITS;
-constexpr int PLACES = MOST_PLACES < (TURN + BITS - 1) / BITS ? MOST_PLACES : (TURN + BITS - 1) / BITS;
-
-__device__ constexpr unsigned mask_of(int place) {
-  return 0x10001u * (((1u << BITS) - 1) << place);
-}
-
 struct Group {  // of the rows g and g + 8: what their codes need
   unsigned scale[2];  // twice
   unsigned zero[2];   // -(2^MANTISSA + zero), twice
@@ -137,8 +124,7 @@ __device__ Group group_of(unsigned low, unsigned high, unsigned zeros) {
 }
 
 // The pair of codes `pair` (0 to 31) of a lane's words, rows h of the group
-__device__ unsigned unpack(const unsigned (&words)[WORDS], int pair, int h, const Group& group,
-                           const unsigned (&masks)[PLACES]) {
+__device__ unsigned unpack(const unsigned (&words)[WORDS], int pair, int h, const Group& group) {
 #if BITS == 3
   if (pair >= 30) {
     int first = 3 * (pair - 30);
@@ -159,12 +145,10 @@ __device__ unsigned unpack(const unsigned (&words)[WORDS], int pair, int h, cons
   float high = __uint_as_float(__byte_perm(word, 0x4b000000u, at ? 0x7653 : 0x7652));
   return pack2((low - group.zero32[h]) * group.scale32[h],
                (high - group.zero32[h]) * group.scale32[h]);
-#elif BITS == 8
-  unsigned code = __byte_perm(word, power2(MANTISSA), at ? 0x7371 : 0x7270);
-  return multiply2(add2(code, group.zero[h]), group.scale[h]);
 #else
   int shift = shift_of(at), place = at - shift;
-  unsigned code = ((word >> shift) & masks[place / BITS]) | power2(MANTISSA);
+  constexpr unsigned MASK = 0x10001u * ((1 << BITS) - 1);
+  unsigned code = ((word >> shift) & (MASK << place)) | power2(MANTISSA);
   if (place == 0) return multiply2(add2(code, group.zero[h]), group.scale[h]);
   // 2^MANTISSA - 2^(MANTISSA - place) is exact, and so is the sum
   constexpr int ALL = (1 << MANTISSA) - 1;
@@ -231,7 +215,8 @@ struct Weight {  // where a lane finds its part of a tile
   const char* scales;
   const unsigned char* zeros;
 
-  __device__ void load(Block& to, int block, int groups, u64 policy, int real) const {
+  __device__ void load(Block& to, int block, int groups, int blocks_of_group, u64 policy,
+                       int real) const {
     const unsigned* from = words + size_t(block) * (64 * BITS);
 #pragma unroll
     for (int i = 0; i < WORDS / 4; i++) load4(to.words + 4 * i, from + 128 * i, policy, real);
@@ -241,7 +226,7 @@ struct Weight {  // where a lane finds its part of a tile
 #endif
 #pragma unroll
     for (int i = 0; i < SCALES; i++) {
-      int group = GROUP < 128 ? block * SCALES + i : block / GROUP_BLOCKS;
+      int group = GROUP < 128 ? block * SCALES + i : block / blocks_of_group;
       group = min(group, groups - 1);  // the columns that pad a block meet an x of 0
       load_scales(to.low[i], to.high[i], scales + size_t(group) * (SCALE == 2 ? 64 : 32), real);
       load_zeros(to.zeros[i], zeros + size_t(group) * 16, real);
@@ -257,21 +242,8 @@ __device__ void barrier_init(unsigned barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
 
-// At the same place in the shared memory of another block of the cluster
-__device__ unsigned there(unsigned address, int rank) {
-  unsigned found;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address), "r"(rank));
-  return found;
-}
-
-// `barrier`: if x is shared, by its address in the cluster
 __device__ void barrier_arrive(unsigned barrier) {
-#if SHARE > 1
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier)
-               : "memory");
-#else
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-#endif
 }
 
 __device__ void barrier_expect(unsigned barrier, int bytes) {
@@ -280,30 +252,18 @@ __device__ void barrier_expect(unsigned barrier, int bytes) {
 }
 
 __device__ void barrier_wait(unsigned barrier, int parity) {
-#if SHARE > 1
-#define SCOPE ".acquire.cluster"
-#else
-#define SCOPE ""
-#endif
   asm volatile(
       "{.reg .pred done;\n"
-      "again: mbarrier.try_wait.parity" SCOPE ".shared::cta.b64 done, [%0], %1;\n"
+      "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;}" ::"r"(barrier), "r"(parity) : "memory");
 }
 
 __device__ void copy_tile(unsigned to, const TensorMap* x, int column, int token,
-                          unsigned barrier, unsigned short blocks) {
-#if SHARE > 1
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
-      ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-      ::"r"(to), "l"(x), "r"(column), "r"(token), "r"(barrier), "h"(blocks) : "memory");
-#else
+                          unsigned barrier) {
   asm volatile(
       "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3}], [%4];"
       ::"r"(to), "l"(x), "r"(column), "r"(token), "r"(barrier) : "memory");
-#endif
 }
 
 // K-major with a swizzle of 128 bytes: eight tokens are 1024 bytes
@@ -318,22 +278,23 @@ __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Of all threads of the cluster that have not left
+// Of all consumers of the cluster; the producers have left or will
 __device__ void cluster_sync() {
+#if SPLIT > 1
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
-}
-
-__device__ void consumers_sync() {
+#else
   asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+#endif
 }
 
 __device__ float4 load_sums(unsigned address, int rank) {
   float4 v;
 #if SPLIT > 1
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(there(address, rank)) : "memory");
+  asm volatile(
+      "{.reg .u32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
 #else
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
@@ -346,21 +307,15 @@ __device__ float4 load_sums(unsigned address, int rank) {
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char* scales,
          const unsigned char* zeros, unsigned short* y, int tokens, int out, int tiles, int blocks,
-         int groups, int token_tiles, int strip) {
+         int groups, int blocks_of_group, int token_tiles) {
   extern __shared__ unsigned char dynamic[];
   __shared__ alignas(8) u64 barriers[2 * STAGES];
   const unsigned stages = (shared_address(dynamic) + 1023) & ~1023u;
   const unsigned full = shared_address(barriers), empty = full + 8 * STAGES;
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int member = blockIdx.x % SHARE, rank = blockIdx.x / SHARE % SPLIT;
-  // Blocks that run at once should share x and the weight in the L2: so a strip of some tiles of
-  // tokens goes down all rows, then the next
-  const int work = blockIdx.x / CLUSTER, high = gridDim.x / CLUSTER / token_tiles;
-  const int before = work / (high * strip) * strip, at = work % (high * strip);
-  const int wide = min(strip, token_tiles - before);
-  const int first_row = (at / wide * SHARE + member) * ROWS;
-  const int first_token = (before + at % wide) * TOKENS;
+  const int rank = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
+  const int first_row = tile / token_tiles * ROWS, first_token = tile % token_tiles * TOKENS;
   const int chunks = (blocks + DEPTH - 1) / DEPTH;
   const int begin = chunks * rank / SPLIT * DEPTH;
   const int steps = chunks * (rank + 1) / SPLIT * DEPTH - begin;
@@ -368,15 +323,11 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, CONSUMERS / 32 * SHARE);
+      barrier_init(empty + 8 * i, CONSUMERS / 32);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
-#if SHARE > 1
-  cluster_sync();
-#else
   __syncthreads();
-#endif
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
   if (warp >= CONSUMERS / 32) {
@@ -386,26 +337,17 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
       int stage = 0, phase = 1;  // the first round finds its stages empty
       for (int i = 0; i < steps; i++) {
         barrier_wait(empty + 8 * stage, phase);
-        const unsigned to = stages + stage * STAGE + member * (PART * 128);
-        const unsigned barrier = full + 8 * stage;
-        const int column = (begin + i) * 128, token = first_token + member * PART;
-        const unsigned short all = ((1 << SHARE) - 1) << (rank * SHARE);
+        const unsigned to = stages + stage * STAGE, barrier = full + 8 * stage;
+        const int column = (begin + i) * 128;
         barrier_expect(barrier, STAGE);
-        copy_tile(to, &x, column, token, barrier, all);
-        copy_tile(to + HALF_STAGE, &x, column + 64, token, barrier, all);
+        copy_tile(to, &x, column, first_token, barrier);
+        copy_tile(to + HALF_STAGE, &x, column + 64, first_token, barrier);
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
     }
   } else {
     if (REGISTERS > AT_ENTRY) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     const u64 policy = weight_policy();
-    // The first lanes each tell one of the blocks that wrote a stage when it may be written again
-    const unsigned released = SHARE > 1 ? there(empty, rank * SHARE + lane % SHARE) : empty;
-    // Masks that the compiler does not know: it would make each anew at every use
-    unsigned masks[PLACES];
-#pragma unroll
-    for (int i = 0; i < PLACES; i++)
-      masks[i] = __shfl_sync(~0u, mask_of(i * BITS) | unsigned(tokens) >> 31, lane);
     Weight weight[ROW_TILES];
     Block ahead[DEPTH][ROW_TILES] = {};
 #pragma unroll
@@ -421,7 +363,8 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
     for (int d = 0; d < DEPTH; d++)
 #pragma unroll
       for (int r = 0; r < ROW_TILES; r++)
-        weight[r].load(ahead[d][r], min(begin + d, blocks - 1), groups, policy, d < steps);
+        weight[r].load(ahead[d][r], min(begin + d, blocks - 1), groups, blocks_of_group, policy,
+                       d < steps);
 
     float sums[ROW_TILES][TOKENS / 2];
 #pragma unroll
@@ -450,7 +393,7 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
           for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-              a[j % BUFFERS][r][i] = unpack(ahead[d][r].words, 4 * j + i, i % 2, group[r], masks);
+              a[j % BUFFERS][r][i] = unpack(ahead[d][r].words, 4 * j + i, i % 2, group[r]);
           wgmma_fence();
 #pragma unroll
           for (int r = 0; r < ROW_TILES; r++)
@@ -458,14 +401,13 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
           wgmma_commit();
           wgmma_wait<BUFFERS - 1>();
           // Now all of the block before is done with, and its stage may be filled again
-          if (j == BUFFERS - 2 && done + d > 0 && lane < SHARE)
-            barrier_arrive(released + 8 * last);
+          if (j == BUFFERS - 2 && done + d > 0 && lane == 0) barrier_arrive(empty + 8 * last);
         }
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
           const int next = done + d + DEPTH;
-          weight[r].load(ahead[d][r], min(begin + next, blocks - 1), groups, policy,
-                         next < steps);
+          weight[r].load(ahead[d][r], min(begin + next, blocks - 1), groups, blocks_of_group,
+                         policy, next < steps);
         }
         last = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -473,7 +415,7 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
     }
     wgmma_wait<0>();
     // The ring is free once all warpgroups are here: the sums go there, as [TOKENS][PITCH]
-    consumers_sync();
+    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
       const int row = (warp / 4 * ROW_TILES + r) * 64 + warp % 4 * 16 + lane / 4;
@@ -485,49 +427,33 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
                      "f"(sums[r][i]) : "memory");
       }
     }
-#if SPLIT > 1
     cluster_sync();
-#else
-    consumers_sync();
-#endif
 
-    constexpr int MINE = TOKENS / SPLIT;  // tokens that this block adds up, of all that split
-    constexpr int QUADS = ROWS / 4, TOTAL = MINE * QUADS, EACH = (TOTAL + CONSUMERS - 1) / CONSUMERS;
-    constexpr int BATCH = EACH < 4 ? EACH : 4;  // loads on their way
-    for (int first = threadIdx.x; first < TOTAL; first += BATCH * CONSUMERS) {
-      float4 found[BATCH];
+    constexpr int SHARE = TOKENS / SPLIT;  // tokens that this block of the cluster adds up
+    for (int i = threadIdx.x; i < SHARE * (ROWS / 4); i += CONSUMERS) {
+      const int token = rank * SHARE + i / (ROWS / 4), row = i % (ROWS / 4) * 4;
+      if (first_token + token >= tokens || first_row + row >= out) continue;
+      const unsigned from = stages + 4 * (token * PITCH + row);
+      float4 sum = load_sums(from, 0);
 #pragma unroll
-      for (int b = 0; b < BATCH; b++) {
-        const int i = min(first + b * CONSUMERS, TOTAL - 1);
-        const unsigned from = stages + 4 * ((rank * MINE + i / QUADS) * PITCH + i % QUADS * 4);
-        float4 sum = load_sums(from, member);
-#pragma unroll
-        for (int other = 1; other < SPLIT; other++) {
-          const float4 more = load_sums(from, other * SHARE + member);
-          sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
-        }
-        found[b] = sum;
+      for (int other = 1; other < SPLIT; other++) {
+        const float4 more = load_sums(from, other);
+        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
       }
-#pragma unroll
-      for (int b = 0; b < BATCH; b++) {
-        const int i = first + b * CONSUMERS;
-        const int token = first_token + rank * MINE + i / QUADS, row = first_row + i % QUADS * 4;
-        if (i >= TOTAL || token >= tokens || row >= out) continue;
-        const unsigned low = pack2(found[b].x, found[b].y), high = pack2(found[b].z, found[b].w);
-        unsigned short* to = y + size_t(token) * out + row;
-        if (out % 4 == 0) {
-          *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
-        } else {
-          const int left = out - row;
-          to[0] = low & 0xffff;
-          if (left > 1) to[1] = low >> 16;
-          if (left > 2) to[2] = high & 0xffff;
-          if (left > 3) to[3] = high >> 16;
-        }
+      const unsigned low = pack2(sum.x, sum.y), high = pack2(sum.z, sum.w);
+      unsigned short* to = y + size_t(first_token + token) * out + first_row + row;
+      if (out % 4 == 0) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
+      } else {
+        const int left = out - first_row - row;
+        to[0] = low & 0xffff;
+        if (left > 1) to[1] = low >> 16;
+        if (left > 2) to[2] = high & 0xffff;
+        if (left > 3) to[3] = high >> 16;
       }
     }
-#if CLUSTER > 1
-    cluster_sync();  // no block leaves while another reads its sums or arrives at its barriers
+#if SPLIT > 1
+    cluster_sync();  // no block leaves while another reads its sums
 #endif
   }
 }
