@@ -134,6 +134,7 @@ LAYERS = {
     "salience.bench.peers": 61,
     "salience.bench.shapes": 61,
     "salience.bench.kernels": 62,
+    "salience.bench.tuning": 62,
     "salience.bench.decode": 75,
     "salience.bench.quantize": 75,
     "salience.cli.console": 79,

@@ -80,6 +80,9 @@ def kernels(
         list[str] | None,
         typer.Option("--kernel", help="Only this one, such as dense or reference; repeatable."),
     ] = None,
+    save: Annotated[
+        bool, typer.Option("--save", help="First find and keep what is fastest on this GPU.")
+    ] = False,
     device: DeviceOption = "auto",
     out: OutOption = None,
     plot: PlotOption = None,
@@ -101,16 +104,16 @@ def kernels(
 
     place = resolve_device(device)
     on_cpu = place.type == "cpu"
+    these = wanted or (CPU_SHAPES if on_cpu else GPU_SHAPES)
+    many = counts or (CPU_TOKENS if on_cpu else TOKENS)
+    kind = _dtype(dtype, place) or _default_dtype(place)
     with progress_bar("kernels") as progress:
-        result = bench_kernels(
-            schemes,
-            wanted or (CPU_SHAPES if on_cpu else GPU_SHAPES),
-            counts or (CPU_TOKENS if on_cpu else TOKENS),
-            _dtype(dtype, place) or _default_dtype(place),
-            place,
-            kernel or (),
-            progress,
-        )
+        if save:
+            from salience.bench.tuning import tune
+
+            table = tune(schemes, these, many, kind, place, progress=progress)
+            stderr.print(escape(f"kept in {table}"))
+        result = bench_kernels(schemes, these, many, kind, place, kernel or (), progress)
     _finish(result.as_json(), out, json)
     if plot is not None:
         _plot_kernels(result, plot)
