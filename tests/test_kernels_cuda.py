@@ -279,19 +279,20 @@ def _compile_all(cases):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [Mma(), Wgmma()], ids=["mma", "wgmma"])
-def test_every_option_compiles(monkeypatch, variant):
+def test_options_compile(monkeypatch, variant):
     tokens = (1, 8, 16, 32, 64) if variant.name == "mma" else (32, 64, 128, 256, 4096)
     shapes = SHAPES[:2]
-    _compile_all(_every_option(monkeypatch, variant, tokens, shapes, 4, 128, FP16, FP16))
+    cases = _every_option(monkeypatch, variant, tokens, shapes, 4, 128, FP16, FP16)
+    _compile_all(cases[::4])  # they differ in numbers alone
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [Mma(), Wgmma()], ids=["mma", "wgmma"])
-def test_every_kind_of_weight_compiles(monkeypatch, variant):
+def test_kinds_of_weights_compile(monkeypatch, variant):
     recorded = Recorded(monkeypatch)
-    kinds = itertools.product(_fragments.BITS, (32, 64, 128, 256), (FP16, BF16))
+    kinds = itertools.product(_fragments.BITS, (32, 256), (FP16, BF16))
     for bits, group, dtype in kinds:
-        for scales in _DTYPES if bits == 4 else (dtype,):
+        for scales in (torch.float32,) if bits == 4 and group == 32 else (dtype,):
             packed, _ = packed_weight(bits, group, 64, 256, scales)
             variant.multiply(torch.zeros(16, 256, dtype=dtype), packed, bits, group, 64)
     _compile_all(list(recorded.compiled))
