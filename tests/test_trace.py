@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import tiny_architectures
 from salience.linear import QuantLinear
-from salience.runtime import graph, trace
+from salience.runtime import graph, record, trace
 from salience.runtime.cache import SlotCache, padded
 from salience.runtime.merge import merge_linears
 from salience.runtime.step import Step, make_step
@@ -42,7 +42,7 @@ def inputs(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def rewritten(step: Step, rows: int) -> tuple[graph.Step, dict[str, int]]:
-    gm = graph.capture(step, inputs(rows))
+    gm = record.capture(step, inputs(rows))
     counts = trace.rewrite(gm)
     return graph.runner(gm), counts
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor, fx
 
 from salience.runtime.attention import decode_attentions, rotations
-from salience.runtime.graph import Step, capture, clean, fold, is_op, join_views, runner, state_of
+from salience.runtime.graph import Step, clean, fold, is_op, join_views, runner, state_of
 from salience.runtime.lowering import lower
 from salience.runtime.passes import gated_activations, residual_norms, rms_norms
+from salience.runtime.record import capture
 
 _logger = logging.getLogger(__name__)
 
