@@ -262,7 +262,6 @@ def test_prompts_are_prefilled_together(model: Any) -> None:
     prompts = [prompt(length, seed=length) for length in lengths]
     with Counted(model) as calls:
         results = engine.generate(prompts, greedy(6))
-    # The longest is cut by the others' steps no more than by its own length.
     assert [call for call in calls if call[1] > 1] == [(3, 12), (2, 20), (1, 40)]
     for tokens, result in zip(prompts, results, strict=True):
         assert result.tokens == expected(model, tokens, 6)

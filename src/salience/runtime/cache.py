@@ -141,7 +141,7 @@ class SlotCache(Cache):
         self.positions: Tensor | None = None  # [rows] of a decode step
 
     def at_chunk(self, slot: int, start: int, tokens: int) -> None:
-        """The next forward has `tokens` tokens at `start` for the slots from `slot` on, one a row."""
+        """The next forward has `tokens` tokens at `start`, row b for the slot `slot` + b."""
         self.first, self.start, self.length = slot, start, start + tokens
         self.positions = None
 

@@ -5,7 +5,8 @@
     for event in engine.stream(ids, Sampling()): print(event.text, end="")
 
 Below both is what a server needs: `submit` queues a prompt, each `step` prefills one chunk of one
-prompt, or of several short ones, and makes one token for every slot that is past its prompt, and `Request.cancel` ends one.
+prompt, or several short prompts, and makes one token for every slot that is past its prompt, and
+`Request.cancel` ends one.
 
 On a GPU a step of all slots is one CUDA graph, from the embedding to the sampled token, which is
 the next step's input without the host seeing it. The host reads the tokens one step behind, so a

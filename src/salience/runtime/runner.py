@@ -191,7 +191,7 @@ class Runner:
 
     @torch.no_grad()
     def prepare(self, features: Features) -> None:
-        """Trace and capture the steps of all numbers of rows now, not when they are first needed."""
+        """Trace and capture the steps of all numbers of rows now, not when first needed."""
         rows = 0
         while self._fixed and rows < self.slots:
             rows = bucket(rows + 1, self.slots)

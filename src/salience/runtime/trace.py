@@ -21,6 +21,7 @@ from torch import Tensor, fx
 from salience.runtime.attention import decode_attentions, rotations
 from salience.runtime.graph import (
     Known,
+    Node,
     Step,
     aten,
     clean,
@@ -112,7 +113,7 @@ def touched(gm: fx.GraphModule) -> list[Tensor]:
     return found
 
 
-def _at_positions(node: fx.Node, known: Known) -> bool:
+def _at_positions(node: Node, known: Known) -> bool:
     """Whether a node writes to the third axis of a tensor at the positions and nowhere else."""
     if not is_op(node, aten.index_put_.default):
         return False
