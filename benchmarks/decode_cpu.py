@@ -29,7 +29,6 @@ import salience
 from salience.machine import describe
 from salience.runtime import Engine, Sampling
 from salience.runtime.merge import merge_linears
-from salience.runtime.trace import optimize
 from salience.source import open_source
 
 Generate = Callable[[int], list[int]]
@@ -54,9 +53,9 @@ def transformers(model: Any, prompt: list[int]) -> Generate:
     return generate
 
 
-def engine(model: Any, prompt: list[int], optimized: bool) -> Generate:
+def engine(model: Any, prompt: list[int], fast: bool) -> Generate:
     """Greedy tokens by our engine."""
-    made = Engine(model, max_context=1024, optimize=optimize if optimized else None)
+    made = Engine(model, max_context=1024, fast=fast)
 
     def generate(count: int) -> list[int]:
         result = made.generate([prompt], Sampling(max_new_tokens=count, ignore_eos=True))[0]

@@ -104,6 +104,7 @@ LAYERS = {
     "salience.runtime.lowering": 51,
     "salience.runtime.merge": 50,
     "salience.runtime.passes": 51,
+    "salience.runtime.record": 50,
     "salience.runtime.trace": 52,
     "salience.runtime.graphs": 50,
     "salience.runtime.limits": 50,

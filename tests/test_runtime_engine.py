@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from salience.errors import SalienceError
-from salience.runtime import Engine, Event, Request, Result, Sampling
-from salience.runtime.cache import SlotCache
+from salience.runtime import Engine, Event, Request, Result, Sampling, runner
+from salience.runtime.cache import SlotCache, padded
 from salience.runtime.step import Sequential, Step, make_step
 from tiny_architectures import COMMON, OTHERS, REFUSED, architecture
 from tiny_models import llama_config, make_model, make_tokenizer, random_tokens
 
 TOKENIZER = make_tokenizer()
-# What Transformers' own `generate` fails on.
+# What Transformers' own `generate` fails on: it computes all tokens again for each.
 BROKEN = ("recurrent_gemma", "xlstm")
 
 
@@ -64,20 +64,23 @@ class Counted:
         self._handle.remove()
 
 
-LENGTHS = (5, 23, 11, 33)
+LENGTHS = (5, 8, 23, 33)
 
 
-def check_architecture(name: str) -> Engine:
-    """Prompts of several lengths in one batch, prefilled in chunks, against the plain model.
+def check_architecture(name: str, fast: bool = True) -> Engine:
+    """Prompts of several lengths in one batch, some prefilled together and some in chunks, against
+    the plain model.
 
     A token may differ where the best two logits are as good as equal.
     """
     model = make_model(architecture(name)).requires_grad_(False)
-    engine = Engine(model, max_batch=3, prefill_chunk=7, max_context=64)
+    options = {"use_cache": False} if name in BROKEN else {}
+    engine = Engine(model, max_batch=3, prefill_chunk=16, max_context=64, fast=fast)
     prompts = [prompt(length, seed=length) for length in LENGTHS]
     for tokens, result in zip(prompts, engine.generate(prompts, greedy(8)), strict=True):
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([tokens + result.tokens])).logits[0]
+            ids = torch.tensor([tokens + result.tokens])
+            logits = model(input_ids=ids, **options).logits[0]
         logits = logits[len(tokens) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(result.tokens)[:, None])[:, 0]
         assert ((logits.max(-1).values - chosen) < 1e-3 * logits.std()).all(), name
@@ -105,6 +108,7 @@ FAMILIES = {
     "mamba": False,
     "qwen3_next": False,
     "openai-gpt": False,
+    "xlstm": False,
 }
 
 
@@ -114,14 +118,16 @@ def test_families(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted({*COMMON, *OTHERS, *REFUSED} - {*FAMILIES, *BROKEN}))
-def test_architectures(name: str) -> None:
-    check_architecture(name)
+@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("name", sorted({*COMMON, *OTHERS, *REFUSED}))
+def test_architectures(name: str, fast: bool) -> None:
+    check_architecture(name, fast)
 
 
-def test_tokens_are_those_of_transformers(model: Any) -> None:
+@pytest.mark.parametrize("fast", [True, False])
+def test_tokens_are_those_of_transformers(model: Any, fast: bool) -> None:
     prompts = [prompt(length, seed=length) for length in (1, *LENGTHS)]
-    results = Engine(model, max_batch=2, prefill_chunk=9).generate(prompts, greedy(20))
+    results = Engine(model, max_batch=2, prefill_chunk=9, fast=fast).generate(prompts, greedy(20))
     for tokens, result in zip(prompts, results, strict=True):
         assert result.tokens == expected(model, tokens, 20)
         assert result.finish_reason == "length"
@@ -187,21 +193,26 @@ def test_a_step_can_be_traced(model: Any) -> None:
             torch.testing.assert_close(found[row], plain, atol=1e-4, rtol=1e-4)
 
 
-def test_an_optimized_step_takes_the_place(model: Any) -> None:
-    made: list[int] = []
-
-    def optimize(step: Step, ids: Tensor, positions: Tensor) -> Any:
-        made.append(len(positions))
-        return make_fx(step)(ids, positions)
-
-    engine = Engine(model, max_batch=2, max_context=100, optimize=optimize)
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_fast_step_takes_the_place(model: Any, fast: bool) -> None:
+    engine = Engine(model, max_batch=2, max_context=100, fast=fast)
     prompts = [prompt(length, seed=length) for length in (8, 20)]
-    with Counted(model) as calls:
+    wanted = [expected(model, tokens, 9) for tokens in prompts]
+    for tokens, one in zip(prompts, wanted, strict=True):
+        assert engine.generate([tokens], greedy(9))[0].tokens == one
+    assert [r.tokens for r in engine.generate(prompts, greedy(9))] == wanted
+    with Counted(model) as calls:  # all is traced by now
         results = engine.generate(prompts, greedy(9))
-    assert [r.tokens for r in results] == [expected(model, tokens, 9) for tokens in prompts]
-    assert sorted(made) == [1, 2]
-    # Prompts, and what was traced.
-    assert [call for call in calls if call[1] == 1] == [(rows, 1) for rows in made]
+    assert [r.tokens for r in results] == wanted
+    steps = [call for call in calls if call[1] == 1][2:]  # but for the last tokens of the prompts
+    assert (len(steps) == 0) == fast
+
+
+def test_fast_falls_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "optimize", lambda step, ids, positions: step)
+    engine = Engine(model, max_batch=2, max_context=500)
+    assert engine.generate([prompt(8)], greedy(9))[0].tokens == expected(model, prompt(8), 9)
+    assert engine._runner.step.cache.length == padded(8 + 9)  # type: ignore[union-attr]
 
 
 def test_a_turn_prefills_only_new_text(model: Any) -> None:
@@ -212,7 +223,7 @@ def test_a_turn_prefills_only_new_text(model: Any) -> None:
     with Counted(model) as calls:
         found = engine.generate([turn], greedy(3))[0]
     # The last token of the reply was drawn and never fed.
-    assert calls == [(1, 5), (1, 1), (1, 1)]
+    assert calls == [(1, 5)]
     assert found.cached_tokens == len(turn) - 5
     assert found.tokens == expected(model, turn, 3)
 
@@ -242,6 +253,49 @@ def test_what_a_running_reply_shares_is_copied(model: Any) -> None:
     while not running.finished:
         engine.step()
     assert running.result().tokens == expected(model, [*shared, 7], 30)
+
+
+def test_prompts_are_prefilled_together(model: Any) -> None:
+    """Of about one length, from one position on, in neighbouring slots, as many as a chunk has."""
+    engine = Engine(model, max_batch=6, prefill_chunk=64)
+    lengths = (10, 12, 6, 20, 19, 40)
+    prompts = [prompt(length, seed=length) for length in lengths]
+    with Counted(model) as calls:
+        results = engine.generate(prompts, greedy(6))
+    assert [call for call in calls if call[1] > 1] == [(3, 12), (2, 20), (1, 40)]
+    for tokens, result in zip(prompts, results, strict=True):
+        assert result.tokens == expected(model, tokens, 6)
+    talks = [[*p, *r.tokens, 7, 9] for p, r in zip(prompts[:2], results[:2], strict=True)]
+    for talk, result in zip(talks, engine.generate(talks, greedy(6)), strict=True):
+        assert result.tokens == expected(model, talk, 6)
+        assert result.cached_tokens == len(talk) - 3
+
+
+def test_a_long_prompt_goes_on_when_a_short_one_is_done(model: Any) -> None:
+    engine = Engine(model, max_batch=2, prefill_chunk=30)
+    prompts = [prompt(length, seed=length) for length in (12, 15)]
+    prompts.append([*prompts[0], 3])
+    with Counted(model) as calls:
+        results = engine.generate(prompts, [greedy(3, temperature=2.0), greedy(9), greedy(4)])
+    assert calls[0] == (2, 15)
+    for i in (1, 2):
+        assert results[i].tokens == expected(model, prompts[i], len(results[i].tokens))
+
+
+def test_models_whose_prompts_go_one_by_one(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = Step._forward
+
+    def refuse(self: Step, ids: Tensor, positions: Tensor, keep: Any = 1) -> Tensor:
+        if len(ids) > 1 and ids.shape[1] > 1:
+            raise ValueError("one row only")
+        return forward(self, ids, positions, keep)
+
+    monkeypatch.setattr(Step, "_forward", refuse)
+    prompts = [prompt(length, seed=length) for length in (12, 12)]
+    engine = Engine(model, max_batch=2)
+    assert engine.static
+    for tokens, result in zip(prompts, engine.generate(prompts, greedy(4)), strict=True):
+        assert result.tokens == expected(model, tokens, 4)
 
 
 def test_two_talks_keep_their_slots(model: Any) -> None:

@@ -7,14 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import tiny_architectures
 from salience.linear import QuantLinear
-from salience.runtime import graph, trace
+from salience.runtime import graph, record, trace
 from salience.runtime.cache import SlotCache, padded
 from salience.runtime.merge import merge_linears
 from salience.runtime.step import Step, make_step
 from test_merge import packed
-from tiny_architectures import architecture
+from tiny_architectures import COMMON, OTHERS, architecture
 from tiny_models import VOCABULARY, error, make_model
 
 CAPACITY = padded(100)
@@ -42,7 +41,7 @@ def inputs(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def rewritten(step: Step, rows: int) -> tuple[graph.Step, dict[str, int]]:
-    gm = graph.capture(step, inputs(rows))
+    gm = record.capture(step, inputs(rows))
     counts = trace.rewrite(gm)
     return graph.runner(gm), counts
 
@@ -166,7 +165,7 @@ def test_nothing_that_is_written_to_is_folded() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*tiny_architectures.COMMON, *tiny_architectures.OTHERS])
+@pytest.mark.parametrize("name", [*COMMON, *OTHERS])
 @torch.no_grad()
 def test_all_architectures(name: str) -> None:
     """Merged, and optimized or plain: the logits are the same."""

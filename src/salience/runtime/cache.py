@@ -2,10 +2,10 @@
 
     keys, values of a layer: [slots, kv_heads, capacity, head_dim]
 
-A prefill writes a range of one slot. A decode step writes one token in each of several
-neighbouring slots, row b at positions[b], by an index that lies on the device: the host need not
-know a position, so the step can be captured in a CUDA graph. The Transformers module reads the
-cache through `Cache.update` as it would its own.
+A prefill writes a range of one slot, or the same range of neighbouring ones. A decode step writes
+one token in each of several neighbouring slots, row b at positions[b], by an index that lies on the
+device: the host need not know a position, so the step can be captured in a CUDA graph. The
+Transformers module reads the cache through `Cache.update` as it would its own.
 
 Transformers builds the masks itself, for whatever pattern a layer has (causal, sliding window,
 chunks), out of two indices: of queries, an `arange` plus the offset that the cache tells, and of
@@ -17,8 +17,10 @@ Buffers are made when a layer is first written, on its device. `reserve` makes t
 what a request needs, where no graph holds on to their address.
 """
 
+import math
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -74,7 +76,12 @@ class SlotLayer(CacheLayerMixin):
     def _buffer(self, like: Tensor) -> Tensor:
         _, heads, _, dim = like.shape
         # Zeros: what is masked has weight 0, and 0 times what memory held may be NaN.
-        return like.new_zeros(self.cache.slots, heads, self.cache.capacity, dim)
+        shape = (self.cache.slots, heads, self.cache.capacity, dim)
+        if like.device.type != "cpu":
+            return like.new_zeros(shape)
+        # NumPy's zeros take memory only where they are written, as PyTorch's do not.
+        memory = numpy.zeros(math.prod(shape) * like.element_size(), dtype=numpy.uint8)
+        return torch.from_numpy(memory).view(like.dtype).view(shape)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -134,7 +141,7 @@ class SlotCache(Cache):
         self.positions: Tensor | None = None  # [rows] of a decode step
 
     def at_chunk(self, slot: int, start: int, tokens: int) -> None:
-        """The next forward has `tokens` tokens of one slot, at `start`."""
+        """The next forward has `tokens` tokens at `start`, row b for the slot `slot` + b."""
         self.first, self.start, self.length = slot, start, start + tokens
         self.positions = None
 

@@ -5,7 +5,8 @@
     for event in engine.stream(ids, Sampling()): print(event.text, end="")
 
 Below both is what a server needs: `submit` queues a prompt, each `step` prefills one chunk of one
-prompt and makes one token for every slot that is past its prompt, and `Request.cancel` ends one.
+prompt, or several short prompts, and makes one token for every slot that is past its prompt, and
+`Request.cancel` ends one.
 
 On a GPU a step of all slots is one CUDA graph, from the embedding to the sampled token, which is
 the next step's input without the host seeing it. The host reads the tokens one step behind, so a
@@ -23,7 +24,7 @@ import torch
 from salience.errors import SalienceError
 from salience.runtime.limits import check_prompt, context, end_tokens
 from salience.runtime.request import Event, Request, Result
-from salience.runtime.runner import Drawn, Optimize, Runner
+from salience.runtime.runner import Drawn, Runner
 from salience.runtime.sampling import Features, Sampling
 from salience.runtime.slots import Slot, place
 
@@ -41,8 +42,11 @@ class Engine:
         max_batch: replies that are made at once.
         prefill_chunk: tokens of a prompt that are computed between two steps.
         graphs: capture steps in CUDA graphs; None for where that works.
-        optimize: makes the model call of a decode step faster: it gets the `Step`, ids [rows, 1]
-            and positions [rows], and returns a callable of the same signature for as many rows.
+        fast: merge the linears of the model that read the same tensor (`merge_linears`), and trace
+            the model call of a step and rewrite it to fused ops (`trace.optimize`). The first
+            changes the model, in place: it gives the same outputs to whoever calls it, can be saved
+            and unpacked, but not trained. The second takes a second or two at the first step of
+            each number of rows, or in `prepare`.
 
     Raises:
         SalienceError: a value out of its range, or graphs where they are not possible.
@@ -57,7 +61,7 @@ class Engine:
         max_batch: int = 1,
         prefill_chunk: int = 512,
         graphs: bool | None = None,
-        optimize: Optimize | None = None,
+        fast: bool = True,
     ) -> None:
         if max_batch < 1 or prefill_chunk < 1:
             raise SalienceError("max_batch and prefill_chunk must be at least 1")
@@ -66,7 +70,7 @@ class Engine:
         self.max_context = context(model, max_context)
         self.max_batch = max_batch
         self.prefill_chunk = prefill_chunk
-        self._runner = Runner(model, max_batch, self.max_context, graphs, optimize)
+        self._runner = Runner(model, max_batch, self.max_context, graphs, fast)
         self._slots = [Slot(index) for index in range(max_batch)]
         self._queue: deque[Request] = deque()
         self._unread: deque[tuple[Drawn, list[Request]]] = deque()
@@ -190,7 +194,7 @@ class Engine:
 
     @torch.no_grad()
     def step(self) -> list[Event]:
-        """Go on with all replies by one token, and with the oldest prompt by one chunk.
+        """Go on with all replies by one token, and with the oldest prompts by one chunk.
 
         Returns:
             what was read of the device since the last step, of all requests; each is also in its
@@ -201,7 +205,7 @@ class Engine:
             self._admit()
             filling = [slot for slot in self._slots if slot.filling]
             if filling:
-                self._prefill(min(filling, key=lambda slot: slot.used))
+                self._prefill(self._together(filling))
             running = [slot for slot in self._slots if slot.running]
             if running:
                 self._decode(running)
@@ -219,19 +223,43 @@ class Engine:
             request.slot, request.cached, request.filled = slot.index, placed.cached, placed.cached
             self._runner.begin(slot.index, request.sampling, request.prompt, placed.cached)
 
-    def _prefill(self, slot: Slot) -> None:
-        request = slot.request
-        assert request is not None
-        start = request.filled
-        chunk = self.prefill_chunk if self.static else len(request.prompt)
-        tokens = request.prompt[start : start + chunk]
-        last = start + len(tokens) == len(request.prompt)
-        if last:
-            self._set_mask(slot)
-        drawn = self._runner.prefill(slot.index, tokens, start, _features([slot]) if last else None)
-        request.filled += len(tokens)
+    def _together(self, filling: list[Slot]) -> list[Slot]:
+        """The oldest prompt and those in the slots beside it that are computed with it.
+
+        They begin at the same position and none is much longer: the others are filled up to the
+        longest. All have `prefill_chunk` tokens at most.
+        """
+        group = [min(filling, key=lambda slot: slot.used)]
+        waiting = {slot.index: slot for slot in filling} if self._runner.together else {}
+        for direction in (1, -1):
+            beside = waiting.get(group[0].index + direction)
+            while beside is not None and self._fit([*group, beside]):
+                group.append(beside)
+                beside = waiting.get(beside.index + direction)
+        return sorted(group, key=lambda slot: slot.index)
+
+    def _fit(self, group: Sequence[Slot]) -> bool:
+        """Whether prompts can be computed together."""
+        lengths = [slot.missing for slot in group]
+        alike = len({slot.position for slot in group}) == 1 and max(lengths) <= 2 * min(lengths)
+        return alike and len(group) * max(lengths) <= self.prefill_chunk
+
+    def _prefill(self, slots: list[Slot]) -> None:
+        chunks, ended = [], []
+        start = slots[0].position
+        for slot in slots:
+            request = slot.request
+            assert request is not None
+            count = min(self.prefill_chunk, slot.missing) if self.static else slot.missing
+            chunks.append(request.prompt[start : start + count])
+            ended.append(count == slot.missing)
+            if ended[-1]:
+                self._set_mask(slot)
+            request.filled += count
+        done = [slot for slot, last in zip(slots, ended, strict=True) if last]
+        drawn = self._runner.prefill(slots[0].index, chunks, start, ended, _features(done))
         if drawn is not None:
-            self._launched(drawn, [slot])
+            self._launched(drawn, done)
 
     def _decode(self, running: list[Slot]) -> None:
         first, last = running[0].index, running[-1].index

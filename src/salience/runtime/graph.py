@@ -1,8 +1,7 @@
-"""The ATen graph of a step: how it is captured, what is known of its values, how it is run.
+"""The ATen graph of a step: what is known of its values, how it is run.
 
-A step is traced before PyTorch takes composite ops apart (`pre_dispatch`), so a linear, an
-attention and an activation are one node each. Tensors of the model and of its cache are attributes
-of the graph, by reference: a write to the cache is a node like any other, and stays one.
+`salience.runtime.record` makes it. Tensors of the model and of its cache are attributes of the
+graph, by reference: a write to the cache is a node like any other, and stays one.
 
 What a node depends on is one of four things: nothing but constants, the positions alone, the ids,
 or the state that the step writes to. Nodes of the first two kinds can be evaluated at will. So the
@@ -15,18 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.experimental.proxy_tensor import make_fx
 
 aten = torch.ops.aten
 Step = Callable[..., Tensor]
 Node = Any  # an fx.Node: what its arguments are, no type says
 
 _FOLD_BYTES = 2**20  # of what is computed ahead; views of weights are free
-_MODES = (
-    torch._C._set_grad_enabled,
-    torch.amp.autocast_mode._enter_autocast,
-    torch.amp.autocast_mode._exit_autocast,
-)
 _SAME_OR_COPY = {  # ops that return their argument when there is nothing to do
     aten.to.dtype,
     aten.to.device,
@@ -53,39 +46,6 @@ _RESHAPES = {
     aten.unflatten.int,
     aten.contiguous.default,
 }
-
-
-def capture(step: Step, inputs: tuple[Tensor, ...]) -> fx.GraphModule:
-    """The graph of one call of a step, without what only sets modes of autograd and autocast.
-
-    Raises:
-        RuntimeError: control flow that depends on values, and whatever the step raises.
-    """
-    gm = make_fx(step, tracing_mode="real", pre_dispatch=True)(*inputs)
-    graph = gm.graph
-    for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and node.target in _MODES:
-            graph.erase_node(node)
-    _hoist(gm)
-    return gm
-
-
-def _hoist(gm: fx.GraphModule) -> None:
-    """One node for each tensor, before all that computes."""
-    graph = gm.graph
-    seen: dict[int, Node] = {}
-    first = next(n for n in graph.nodes if n.op not in ("placeholder", "get_attr"))
-    for node in list(graph.nodes):
-        if node.op != "get_attr":
-            continue
-        value = value_of(node)
-        known = seen.setdefault(id(value), node)
-        if known is node:
-            first.prepend(node)
-            node.meta["val"] = value
-        else:
-            node.replace_all_uses_with(known)
-            graph.erase_node(node)
 
 
 def value_of(node: Node) -> Tensor:

@@ -14,6 +14,7 @@ alone, or with something else: then the product is computed for it anew, which i
 The trace of a step (`salience.runtime.trace`) has one product and its slices, and no bookkeeping.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -48,7 +49,8 @@ def merge_linears(model: Any, run: Callable[[], Any] | None = None) -> list[tupl
 
     def few_tokens() -> Any:
         ids = torch.arange(1, _TOKENS + 1, device=input_device(model))[None]
-        return model(input_ids=ids)
+        known = inspect.signature(model.forward).parameters
+        return model(input_ids=ids, **({"use_cache": False} if "use_cache" in known else {}))
 
     merged = []
     for names in _groups(model, run or few_tokens):

@@ -7,7 +7,7 @@ and read when an event says that it has arrived, by then one step behind.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,13 +18,13 @@ from salience.errors import SalienceError
 from salience.placement import input_device
 from salience.runtime.cache import padded
 from salience.runtime.graphs import Graphs, bucket
+from salience.runtime.merge import merge_linears
 from salience.runtime.request import TokenLogprob
 from salience.runtime.sampling import Features, Sampling, SamplingState, to_device
 from salience.runtime.step import DecodeStep, Step, make_step
+from salience.runtime.trace import optimize
 
 _logger = logging.getLogger(__name__)
-
-Optimize = Callable[[Step, Tensor, Tensor], DecodeStep]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ class Runner:
         slots: sequences that it holds.
         max_context: tokens of each.
         graphs: capture steps; None for where that works.
-        optimize: makes a faster decode step of a `Step`, for example ids and positions.
+        fast: merge the model's linears, in place, and trace and rewrite the decode steps.
 
     Raises:
         SalienceError: graphs where they are not possible.
@@ -78,28 +78,30 @@ class Runner:
         slots: int,
         max_context: int,
         graphs: bool | None = None,
-        optimize: Optimize | None = None,
+        fast: bool = True,
     ) -> None:
+        if fast:
+            merge_linears(model)
         self.device = input_device(model)
         self.slots = slots
         # One place more than the context: where slots write that have nothing to say.
         self.capacity = padded(max_context + 1)
         self.step = make_step(model, slots, padded(1))
         self.static = self.step.static
-        self._optimize = optimize if self.static else None
+        self._hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+        self._fast = fast and self.static and not self._hooked
         self._decoders: dict[int, DecodeStep] = {}
         self._ids = torch.zeros(slots, dtype=torch.int64, device=self.device)
         self._positions = torch.zeros_like(self._ids)
         self._active = torch.zeros_like(self._ids, dtype=torch.bool)
         self.sampling = SamplingState(slots, self.step.vocabulary, self.device)
-        self._graphs = self._make_graphs(model, graphs)
+        self._graphs = self._make_graphs(graphs)
         if isinstance(self.step, Step) and self._fixed:
             self.step.cache.reserve(self.capacity)  # addresses that stay
 
-    def _make_graphs(self, model: Any, wanted: bool | None) -> Graphs | None:
-        hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
+    def _make_graphs(self, wanted: bool | None) -> Graphs | None:
         fits = isinstance(self.step, Step) and not self.step.waits
-        possible = self.device.type == "cuda" and fits and not hooked
+        possible = self.device.type == "cuda" and fits and not self._hooked
         if wanted and not possible:
             raise SalienceError(
                 "CUDA graphs need a model with a cache of keys and values, wholly on one GPU; "
@@ -112,7 +114,7 @@ class Runner:
     @property
     def _fixed(self) -> bool:
         """Whether a step is made once for a number of rows, and reads all of the cache."""
-        return self._graphs is not None or self._optimize is not None
+        return self._graphs is not None or self._fast
 
     @property
     def graphs(self) -> bool:
@@ -145,36 +147,55 @@ class Runner:
         if not isinstance(self.step, Step):
             self.step.release(slot)
 
+    @property
+    def together(self) -> bool:
+        """Whether several slots can be prefilled at once."""
+        return self.step.together
+
     def prefill(
-        self, slot: int, tokens: Sequence[int], start: int, features: Features | None
+        self,
+        first: int,
+        chunks: Sequence[Sequence[int]],
+        start: int,
+        ended: Sequence[bool],
+        features: Features,
     ) -> Drawn | None:
-        """Compute tokens of a prompt, from position `start` on.
+        """Compute tokens of some prompts, from position `start` on.
 
         Args:
-            slot: where.
-            tokens: of the prompt.
-            start: the position of the first; those before are in the cache.
-            features: of the draw of the next token; None when the prompt goes on.
+            first: the slot of the first; the others are in the slots after it.
+            chunks: tokens of each prompt.
+            start: the position of the first token; those before are in the cache.
+            ended: which prompts have their last token here.
+            features: of the draw of the next token of these.
+
+        Returns:
+            What was drawn; None when all prompts go on.
         """
-        end = start + len(tokens)
+        lengths = [len(chunk) for chunk in chunks]
+        longest = max(lengths)
         if isinstance(self.step, Step):
-            self.step.cache.reserve(min(padded(2 * end), self.capacity))
-        logits = self.step.prefill(slot, to_device(tokens, self.device)[None], start)
-        self._positions[slot].fill_(end)
-        if features is None:
+            self.step.cache.reserve(min(padded(2 * (start + longest)), self.capacity))
+        tokens = [token for chunk in chunks for token in [*chunk, *[0] * (longest - len(chunk))]]
+        ids = to_device(tokens, self.device).view(len(chunks), longest)
+        logits = self.step.prefill(first, ids, start, lengths)
+        for row, length in enumerate(lengths):
+            self._positions[first + row].fill_(start + length)
+            if ended[row]:
+                self._active[first + row].fill_(True)
+        if not any(ended):
             return None
-        rows = slice(slot, slot + 1)
-        self._active[slot].fill_(True)
+        rows = slice(first, first + len(chunks))
         self._draw(logits, rows, self._positions[rows], features)
         return self._drawn(rows, features)
 
     @torch.no_grad()
     def prepare(self, features: Features) -> None:
-        """Capture the steps of all numbers of rows now, not when they are first needed."""
-        rows = 1
-        while self._graphs is not None and rows <= self.slots:
+        """Trace and capture the steps of all numbers of rows now, not when first needed."""
+        rows = 0
+        while self._fixed and rows < self.slots:
+            rows = bucket(rows + 1, self.slots)
             self.decode(0, rows, self.capacity, features)
-            rows = self.slots if rows < self.slots < 2 * rows else 2 * rows
 
     def decode(self, first: int, rows: int, length: int, features: Features) -> Drawn:
         """One token for each of the active slots among `rows` slots from `first` on.
@@ -217,14 +238,15 @@ class Runner:
 
     def _decoder(self, part: slice) -> DecodeStep:
         """The model call for some rows."""
-        if self._optimize is None or not isinstance(self.step, Step):
+        if not self._fast or not isinstance(self.step, Step):
             return self.step
         rows = part.stop - part.start
         if rows not in self._decoders:
             ids, positions = self._ids[part, None], self._positions[part]
             if not self.step.cache.layers:
                 self.step(ids, positions)  # its buffers are made outside of a trace
-            self._decoders[rows] = self._optimize(self.step, ids, positions)
+            self._decoders[rows] = optimize(self.step, ids, positions)
+            self._fast = self._decoders[rows] is not self.step
         return self._decoders[rows]
 
     def _advance(self, part: slice, features: Features) -> None:

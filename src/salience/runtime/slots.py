@@ -37,6 +37,11 @@ class Slot:
         return request is not None and request.filled < len(request.prompt) and request.ready
 
     @property
+    def missing(self) -> int:
+        """How many tokens of the prompt are not in the cache."""
+        return 0 if self.request is None else len(self.request.prompt) - self.request.filled
+
+    @property
     def running(self) -> bool:
         """Whether a step is to make a token."""
         request = self.request

@@ -12,7 +12,7 @@ attention) or that cannot read a `SlotCache`. `make_step` finds out which, by co
 
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingW
 
 from salience.placement import input_device
 from salience.runtime.cache import SlotCache, padded
+from salience.runtime.sampling import to_device
 
 _logger = logging.getLogger(__name__)
 
@@ -29,6 +30,9 @@ _logger = logging.getLogger(__name__)
 _STATES = ("past_key_values", "cache_params", "state")
 # What a module that was not made for another's cache may raise on meeting one.
 _MISFITS = (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError, LookupError)
+
+# With a mask or without, prompts together or one by one: the first that fits is taken.
+_WAYS = ((False, True), (False, False), (True, True), (True, False))
 
 DecodeStep = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,17 +45,24 @@ class Step:
         cache: where its keys and values are.
         vocabulary: number of logits.
         with_mask: also hand it a mask of ones, which a few ask for.
+        together: whether several slots can be prefilled at once.
     """
 
     static = True
 
     def __init__(
-        self, model: Any, cache: SlotCache, vocabulary: int, with_mask: bool = False
+        self,
+        model: Any,
+        cache: SlotCache,
+        vocabulary: int,
+        with_mask: bool = False,
+        together: bool = True,
     ) -> None:
         self.model = model
         self.cache = cache
         self.vocabulary = vocabulary
         self.with_mask = with_mask
+        self.together = together
         self.waits = False  # whether the model waits for values of its step
         self.options = _options(model)
 
@@ -63,16 +74,35 @@ class Step:
         self.cache.positions = positions
         return self._forward(ids, positions[:, None])[:, -1]
 
-    def prefill(self, slot: int, ids: Tensor, start: int) -> Tensor:
-        """Logits [1, vocabulary] after the tokens ids [1, tokens], which begin at `start`."""
-        tokens = ids.shape[1]
-        self.cache.at_chunk(slot, start, tokens)
-        return self._forward(ids, torch.arange(start, start + tokens, device=ids.device)[None])[
-            :, -1
-        ]
+    def prefill(
+        self, slot: int, ids: Tensor, start: int, lengths: Sequence[int] | None = None
+    ) -> Tensor:
+        """Logits [rows, vocabulary] after the tokens ids [rows, tokens], which begin at `start`.
 
-    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        Args:
+            slot: of the first row; the others are the slots after it.
+            ids: the rows, filled up with any tokens at the end. What these write to the cache lies
+                behind the row's own, where the next tokens are written before they are read.
+            start: the position of the first column.
+            lengths: how many tokens each row has; all for None.
+        """
+        rows, tokens = ids.shape
+        lengths = lengths or [tokens] * rows
+        ends = sorted(set(lengths))
+        self.cache.at_chunk(slot, start, tokens)
+        positions = torch.arange(start, start + tokens, device=ids.device).expand(rows, -1)
+        if ends == [tokens]:
+            return self._forward(ids, positions)[:, -1]
+        columns = to_device([end - 1 for end in ends], ids.device)
+        logits = self._forward(ids, positions, columns)
+        kept = "logits_to_keep" in self.options
+        last = [ends.index(n) if kept else n - 1 for n in lengths]
+        return torch.stack([logits[row, column] for row, column in enumerate(last)])
+
+    def _forward(self, ids: Tensor, positions: Tensor, keep: Tensor | int = 1) -> Tensor:
         options = dict(self.options)
+        if "logits_to_keep" in options:
+            options["logits_to_keep"] = keep
         if "position_ids" in options:
             options["position_ids"] = positions
         if self.with_mask:
@@ -89,12 +119,13 @@ class Sequential:
     """
 
     static = False
+    together = False
 
-    def __init__(self, model: Any, vocabulary: int) -> None:
+    def __init__(self, model: Any, vocabulary: int, **options: Any) -> None:
         self.model = model
         self.vocabulary = vocabulary
         self.first = 0
-        self.options = _options(model)
+        self.options = {**_options(model), **options}
         self.states: dict[int, dict[str, Any]] = {}
 
     def __call__(self, ids: Tensor, positions: Tensor) -> Tensor:
@@ -107,9 +138,11 @@ class Sequential:
         ]
         return torch.cat([row.to(rows[0].device) for row in rows])
 
-    def prefill(self, slot: int, ids: Tensor, start: int) -> Tensor:
+    def prefill(
+        self, slot: int, ids: Tensor, start: int, lengths: Sequence[int] | None = None
+    ) -> Tensor:
         """Logits [1, vocabulary] after the whole prompt ids [1, tokens]."""
-        del start
+        del start, lengths
         self.states[slot] = {}
         return self._forward(slot, ids, torch.arange(ids.shape[1], device=ids.device)[None])
 
@@ -142,8 +175,8 @@ def _options(model: Any) -> dict[str, Any]:
 def make_step(model: Any, slots: int, capacity: int, tokens: int = 12) -> Step | Sequential:
     """A `Step` if the model reads a `SlotCache` as it does its own cache, else `Sequential`.
 
-    Two prompts of different lengths are prefilled, one in two chunks, and go on together for two
-    tokens; the logits must be those of the model without a cache of ours.
+    Two prompts of different lengths are prefilled in two chunks, together if the model can, and go
+    on together for two tokens; the logits must be those of the model without a cache of ours.
 
     Args:
         model: a Transformers causal language model.
@@ -155,12 +188,21 @@ def make_step(model: Any, slots: int, capacity: int, tokens: int = 12) -> Step |
     ids = (torch.arange(tokens + 2) * 7919 + 17) % model.config.get_text_config().vocab_size
     ids = ids[None].to(device)
     options = {name: value for name, value in _options(model).items() if name == "use_cache"}
-    plain = model(input_ids=ids, **options)
+    reason: str | None
+    try:
+        plain = model(input_ids=ids, **options)
+        reason = _unreadable(model, plain)
+    except _MISFITS as error:  # its own cache is broken: without one, all tokens are computed again
+        options = dict.fromkeys(options, False)
+        plain = model(input_ids=ids, **options)
+        reason = f"{type(error).__name__}: {error}"
     expected = plain.logits[0]
     vocabulary = expected.shape[-1]
-    reason, fits = _unreadable(model, plain), []
-    for with_mask in (False, True) if reason is None else ():
-        trial = Step(model, SlotCache(2, padded(tokens + 3)), vocabulary, with_mask)
+    fits: list[Step] = []
+    for with_mask, together in _WAYS if reason is None else ():
+        if fits and fits[-1].with_mask == with_mask:
+            continue
+        trial = Step(model, SlotCache(2, padded(tokens + 3)), vocabulary, with_mask, together)
         try:
             found = _probe(trial, ids)
         except _MISFITS as error:
@@ -181,15 +223,20 @@ def make_step(model: Any, slots: int, capacity: int, tokens: int = 12) -> Step |
         type(model).__name__,
         reason,
     )
-    return Sequential(model, vocabulary)
+    return Sequential(model, vocabulary, **options)
 
 
 def _probe(step: Step, ids: Tensor) -> Tensor:
     """Logits [6, vocabulary] after ids[:-2] and ids[:-4], and after one and two tokens more."""
     n = ids.shape[1] - 2
     half = n // 2 + 1
-    step.prefill(0, ids[:, :half], 0)
-    found = [step.prefill(0, ids[:, half:n], half), step.prefill(1, ids[:, : n - 2], 0)]
+    if step.together:
+        both = ids.expand(2, -1)
+        step.prefill(0, both[:, :half], 0)
+        found = [step.prefill(0, both[:, half:n], half, (n - half, n - half - 2))]
+    else:
+        step.prefill(0, ids[:, :half], 0)
+        found = [step.prefill(0, ids[:, half:n], half), step.prefill(1, ids[:, : n - 2], 0)]
     with _HostReads() as reads:
         for i in range(2):
             positions = torch.tensor([n + i, n - 2 + i], device=ids.device)
