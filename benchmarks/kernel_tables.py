@@ -6,7 +6,7 @@ As `salience bench kernels --save` does it, but kernels are compiled side by sid
 the floor are beside them. Each time is the median of replays of a CUDA graph over so many copies of
 the weight that the L2 cache holds none; all in one process, so compare ratios. The error of the
 fastest, against fp64 on fresh random inputs, is in the result; the status is 1 if one is wrong.
-OUT gets the table and `kernels.json`; the floor is the bytes of codes, scales, zeros and activations
+OUT gets the table and `kernels.json`; the floor is the bytes of codes, scales, zeros, activations
 at 2.96 TB/s, or the operations at 790 TFLOP/s.
 """
 
