@@ -303,7 +303,7 @@ def test_kinds_of_weights_compile(monkeypatch, variant):
 TOLERANCE = {FP16: 6e-4, BF16: 6e-3}
 
 
-def worst(variant, bits, group, dtype, tokens, rows, columns, scales=None, **options):
+def worst(variant, options, bits, group, dtype, tokens, rows, columns, scales=None):
     size = columns if group == -1 else group
     packed, weight = packed_weight(bits, size, rows, columns, scales or dtype, "cuda")
     random = torch.Generator().manual_seed(tokens)
@@ -322,7 +322,7 @@ def _all_right(variant, cases):
 
     def run(case):
         positional, options = case
-        return worst(variant, *positional, **options), case
+        return worst(variant, options, *positional), case
 
     with ThreadPoolExecutor(8) as pool:
         wrong = [(ratio, case) for ratio, case in pool.map(run, cases) if not ratio <= 1]
@@ -345,7 +345,7 @@ def test_against_fp64(variant, bits):
 
 
 @on_gpu
-@pytest.mark.parametrize("tokens", [16, 64, 128, 300, 1100])
+@pytest.mark.parametrize("tokens", [32, 64, 128, 300, 1100])
 def test_every_way_to_cut_the_work(tokens):
     variant = Wgmma()
     columns, rows = 2048, 1000
@@ -358,7 +358,7 @@ def test_every_way_to_cut_the_work(tokens):
 def test_memory_used_again_in_another_shape():
     """A tensor map is made of an address and a shape; both must be those of this call."""
     variant = Wgmma()
-    if not variant.supports(Shape(4, 128, 256, 64, FP16), 16, torch.device("cuda")):
+    if not variant.supports(Shape(4, 128, 256, 64, FP16), 32, torch.device("cuda")):
         pytest.skip("not for this GPU")
     memory = torch.randn(64 * 512, device="cuda").half()
     for tokens, columns in ((64, 512), (128, 256), (64, 256), (64, 512)):

@@ -3,6 +3,7 @@
 import functools
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from salience import grid, kernels
 from salience.errors import SalienceError, StorageError
-from salience.kernels import choice, gpu
+from salience.kernels import choice, gpu, mma_cuda, wgmma_cuda
 from salience.kernels.choice import Entry, Shape, Timed
 from salience.linear import QuantLinear
 from salience.qtensor import QTensor
@@ -326,3 +327,24 @@ def test_a_linear_on_a_cpu() -> None:
     if DEVICE == CPU:
         with pytest.raises(SalienceError, match=r"kernel gpu does not support w4g32 .* on cpu"):
             QuantLinear(quantized(), kernel="gpu")
+
+
+@pytest.mark.parametrize("path", sorted(choice._SHIPPED.glob("*.json")), ids=lambda path: path.stem)
+def test_shipped_tables(path, monkeypatch, tmp_path):
+    """All that a table names is there, with options that it has; the fastest comes first."""
+    monkeypatch.setattr(choice, "cache_folder", lambda name: tmp_path)
+    choice._table.cache_clear()
+    names = {variant.name for variant in gpu.VARIANTS}
+    known = {"mma": mma_cuda.Config(), "wgmma": wgmma_cuda.Config(64)}
+    entries = choice._read(path)
+    assert len(entries) >= 7
+    for entry in entries:
+        for tokens, order in entry.buckets.items():
+            times = [one.microseconds for one in order]
+            assert times == sorted(times) and order[0].variant in names
+            for one in order:
+                fields = asdict(known[one.variant]) if one.variant in known else {"rows"}
+                assert set(one.options) <= set(fields)
+            gpu_name = json.loads(path.read_text())["gpu"]
+            assert choice.order(gpu_name, entry.shape, tokens) == order
+    choice._table.cache_clear()
