@@ -333,6 +333,7 @@ def test_a_linear_on_a_cpu() -> None:
 def test_shipped_tables(path, monkeypatch, tmp_path):
     """All that a table names is there, with options that it has; the fastest comes first."""
     monkeypatch.setattr(choice, "cache_folder", lambda name: tmp_path)
+    monkeypatch.setattr(choice, "_SHIPPED", path.parent)
     choice._table.cache_clear()
     names = {variant.name for variant in gpu.VARIANTS}
     known = {"mma": mma_cuda.Config(), "wgmma": wgmma_cuda.Config(64)}
