@@ -209,7 +209,7 @@ def test_a_fast_step_takes_the_place(model: Any, fast: bool) -> None:
 
 
 def test_fast_falls_back(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner, "optimize", lambda step, ids, positions: step)
+    monkeypatch.setattr(runner, "optimize", lambda step, *_, **__: step)
     engine = Engine(model, max_batch=2, max_context=500)
     assert engine.generate([prompt(8)], greedy(9))[0].tokens == expected(model, prompt(8), 9)
     assert engine._runner.step.cache.length == padded(8 + 9)  # type: ignore[union-attr]

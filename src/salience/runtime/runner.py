@@ -244,10 +244,19 @@ class Runner:
         if rows not in self._decoders:
             ids, positions = self._ids[part, None], self._positions[part]
             if not self.step.cache.layers:
-                self.step(ids, positions)  # its buffers are made outside of a trace
-            self._decoders[rows] = optimize(self.step, ids, positions)
+                self._of_few_keys(ids, positions)  # its buffers are made outside of a trace
+            self._decoders[rows] = optimize(self.step, ids, positions, reference=self._of_few_keys)
             self._fast = self._decoders[rows] is not self.step
         return self._decoders[rows]
+
+    def _of_few_keys(self, ids: Tensor, positions: Tensor) -> Tensor:
+        """The step where attention reads only the first of the keys."""
+        assert isinstance(self.step, Step)
+        length, self.step.cache.length = self.step.cache.length, padded(1)
+        try:
+            return self.step(ids, positions)
+        finally:
+            self.step.cache.length = length
 
     def _advance(self, part: slice, features: Features) -> None:
         """What is captured: the model, the draw, and what it changes."""

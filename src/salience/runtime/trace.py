@@ -8,7 +8,10 @@ to fused ops (`passes`, `attention`), and what is left is written out as one Pyt
 model is known by name: what a rewrite does not recognize stays as it was.
 
 Nothing is taken on trust: the result must give the logits of the step, and write the same state,
-on random tokens, positions and states. Otherwise the step itself is returned, and a line is logged.
+on random tokens from the first position on. Otherwise the step itself is returned, and a line is
+logged. Rewriting changes nothing but the order of roundings: in fp32 the logits of SmolLM2 (30
+layers) stay within 1e-5, and no token of a text has another likeliest successor. In bf16, and where
+packed products compute in it, roundings alone are some 1e-2, and the check can be no sharper.
 """
 
 import logging
@@ -49,7 +52,7 @@ _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, NotImplemented
 
 
 @torch.no_grad()
-def optimize(step: Step, *example_inputs: Tensor) -> Step:
+def optimize(step: Step, *example_inputs: Tensor, reference: Step | None = None) -> Step:
     """A step of the same signature that gives the same logits, faster.
 
     The trace holds on to the tensors of the model and of the cache: it is valid as long as these
@@ -59,6 +62,8 @@ def optimize(step: Step, *example_inputs: Tensor) -> Step:
         step: ids [rows, 1] and positions [rows] to logits; it may write to a cache in place, at
             its positions.
         example_inputs: two of these. The step is run on them: the cache is left as after one call.
+        reference: what gives the same logits at the first positions, and is compared with; the step
+            for None. One that reads less of a long cache takes less time.
 
     Returns:
         The optimized step, or `step` where it cannot be traced or the logits differ.
@@ -68,7 +73,7 @@ def optimize(step: Step, *example_inputs: Tensor) -> Step:
         state = touched(gm)
         counts = rewrite(gm)
         fast = runner(gm)
-        error = disagreement(step, fast, gm, state, example_inputs)
+        error = disagreement(reference or step, fast, gm, state, example_inputs)
     except _FAILURES as failure:
         reason = str(failure).strip().split("\n")[0]
         _logger.warning("the step runs as it is: %s: %s", type(failure).__name__, reason)
@@ -190,7 +195,7 @@ def _rounding(gm: fx.GraphModule) -> tuple[float, float]:
     packed = any(is_op(n, torch.ops.salience.qmm.default) for n in nodes)
     if packed or torch.bfloat16 in dtypes:
         return 2**-8, 3e-2
-    return (2**-11, 1e-2) if torch.float16 in dtypes else (2**-22, 1e-4)
+    return (2**-11, 1e-2) if torch.float16 in dtypes else (2**-22, 2e-5)
 
 
 def _whole(tensor: Tensor) -> Tensor:
