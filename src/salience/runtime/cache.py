@@ -18,9 +18,9 @@ what a request needs, where no graph holds on to their address.
 """
 
 import math
+import mmap
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -79,9 +79,11 @@ class SlotLayer(CacheLayerMixin):
         shape = (self.cache.slots, heads, self.cache.capacity, dim)
         if like.device.type != "cpu":
             return like.new_zeros(shape)
-        # NumPy's zeros take memory only where they are written, as PyTorch's do not.
-        memory = numpy.zeros(math.prod(shape) * like.element_size(), dtype=numpy.uint8)
-        return torch.from_numpy(memory).view(like.dtype).view(shape)
+        # Zeros that take memory only where they are written, as PyTorch's do not.
+        memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: a large page is a head's whole context
+            memory.madvise(mmap.MADV_NOHUGEPAGE)
+        return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any

@@ -21,7 +21,7 @@ import statistics
 import torch
 from torch import Tensor, fx
 
-from salience.runtime.attention import decode_attentions, rotations
+from salience.runtime.attention import decode_attentions, rotations, value_of_view
 from salience.runtime.graph import (
     Known,
     Node,
@@ -99,8 +99,9 @@ def rewrite(gm: fx.GraphModule) -> dict[str, int]:
 def touched(gm: fx.GraphModule) -> list[Tensor]:
     """What a trial of a step changes of its state: views of the tensors that it writes to.
 
-    Of a cache [rows, heads, length, width] that is written at the positions only, that is the first
-    places, a small part: a cache may be larger than what memory is left.
+    Of a cache [slots, heads, length, width] that is written at the positions only, that is the
+    first places of as many slots as there are rows. A cache may be larger than what memory is left,
+    and on a CPU takes none where it was never written.
     """
     known = Known(gm)
     places: dict[int, bool] = {}  # by memory, whether all writes are at the positions
@@ -114,7 +115,8 @@ def touched(gm: fx.GraphModule) -> list[Tensor]:
     for tensor in {t.untyped_storage()._cdata: t for t in state_of(gm)}.values():
         small = tensor.ndim == 4 and places.get(tensor.untyped_storage()._cdata, False)
         whole = tensor.storage_offset() == 0 and tensor.nbytes == tensor.untyped_storage().nbytes()
-        found.append(tensor[:, :, :_CHECKS] if small and whole else _whole(tensor))
+        rows = len(meta(known.positions))
+        found.append(tensor[:rows, :, :_CHECKS] if small and whole else _whole(tensor))
     return found
 
 
@@ -125,7 +127,8 @@ def _at_positions(node: Node, known: Known) -> bool:
     target, indices = node.args[:2]
     if meta(target) is None or meta(target).ndim != 4 or len(indices) != 3:
         return False
-    if not known.is_positional(indices[2]):
+    begin = value_of_view(target)
+    if not known.is_positional(indices[2]) or begin is None or begin.storage_offset():
         return False
     example = meta(known.positions)
     some = torch.arange(len(example), device=example.device).flip(0) + 1
