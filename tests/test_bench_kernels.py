@@ -120,17 +120,21 @@ def test_only_some_kernels(command: Command) -> None:
 class Wrong(Reference):
     """Forgets the last column."""
 
-    def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
+    def matmul(
+        self, x: Tensor, packed: list[Tensor], bits: int, group_size: int, out_features: int
+    ) -> Tensor:
         x = x.clone()
         x[:, -1] = 0
-        return super().matmul(x, packed, bits, group_size)
+        return super().matmul(x, packed, bits, group_size, out_features)
 
 
 class Unwritten(Reference):
     """Leaves an output as it was."""
 
-    def matmul(self, x: Tensor, packed: list[Tensor], bits: int, group_size: int) -> Tensor:
-        y = super().matmul(x, packed, bits, group_size)
+    def matmul(
+        self, x: Tensor, packed: list[Tensor], bits: int, group_size: int, out_features: int
+    ) -> Tensor:
+        y = super().matmul(x, packed, bits, group_size, out_features)
         y[-1, -1] = math.nan
         return y
 
