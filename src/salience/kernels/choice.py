@@ -100,7 +100,8 @@ def bucket(tokens: int) -> int:
 
 def order(gpu: str, shape: Shape, tokens: int) -> Sequence[Timed]:
     """What the tables say of a weight, or of the nearest to it: variants, fastest first; nothing
-    when there is no table of this GPU or none of its entries is of these bits.
+    when there is no table of this GPU, none of its entries is of these bits, or so many tokens were
+    not measured.
     """
     like = [
         entry
@@ -111,9 +112,8 @@ def order(gpu: str, shape: Shape, tokens: int) -> Sequence[Timed]:
     if not like:
         return ()
     nearest = min(like, key=lambda entry: _distance(entry.shape, shape))
-    limits = sorted(nearest.buckets)
-    limit = next((limit for limit in limits if tokens <= limit), limits[-1])
-    return nearest.buckets[limit]
+    limit = min((limit for limit in nearest.buckets if tokens <= limit), default=None)
+    return () if limit is None else nearest.buckets[limit]
 
 
 def _distance(a: Shape, b: Shape) -> float:
