@@ -261,7 +261,8 @@ def _compile(case):
     flags = [f"-D{name}={value}".encode() for name, value in (*macros, ("SM", 90))]
     flags += [b"--gpu-architecture=sm_90a", b"--std=c++17"]
     (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), flags)
-    log = b" " * nvrtc.nvrtcGetProgramLogSize(program)[1]
+    # It is written to, so it must not be the one b" " that all of Python shares.
+    log = b" " * (nvrtc.nvrtcGetProgramLogSize(program)[1] + 1)
     nvrtc.nvrtcGetProgramLog(program, log)
     return log.decode(errors="replace") if int(status) else "", case
 
