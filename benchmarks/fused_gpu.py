@@ -16,7 +16,6 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -30,6 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from salience.kernels import fused
+from salience.kernels.choice import microseconds
 from salience.kernels.fused import argmax_triton, attention_triton, plain, rope_triton, rows_triton
 from salience.machine import describe
 
@@ -183,28 +183,6 @@ def correctness() -> dict[str, float]:
             worst = max(worst, float(error) if error.isfinite() else math.inf)
         errors[name] = worst
     return errors
-
-
-def microseconds(calls: Sequence[Call], replays: int = 7) -> float:
-    """Median time of a call in a graph of all of them."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        calls[0]()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    took = []
-    for _ in range(replays):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        took.append(begin.elapsed_time(end) * 1e3 / len(calls))
-    return statistics.median(took)
 
 
 class Step:

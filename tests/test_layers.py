@@ -35,7 +35,7 @@ LAYERS = {
     "salience.conversion": 15,
     "salience.source": 20,
     "salience.kernels._fragments": 17,
-    "salience.kernels.cuda_program": 17,
+    "salience.kernels.cuda_program": 18,
     "salience.kernels._reference": 20,
     "salience.kernels._codebook": 20,
     "salience.kernels.cpu": 20,

@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from salience.kernels._fragments import BLOCK
 from salience.machine import cache_folder
 
 if TYPE_CHECKING:
     from cuda.core import TensorMapDescriptor
+
+SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # macro SCALE of all kernels
+
+
+def takes_groups(size: int, columns: int) -> bool:
+    """Whether groups of `size` columns fall on the columns that the kernels unpack at once."""
+    return size in (32, 64) or size % BLOCK == 0 or size == columns
 
 
 def available() -> bool:

@@ -31,7 +31,6 @@ class Config:
     split: int = 1
 
 
-_SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _TOKEN_BYTES = 272  # of a block of x in shared memory
 _SHARED_BYTES = 99 * 1024  # of a thread block; GPUs have at least that
 _FEW_WARPS, _MANY_WARPS = 900, 9000  # of a launch: enough to fill a GPU, few enough to do much each
@@ -65,12 +64,11 @@ class Mma:
 
     def supports(self, shape: Shape, tokens: int, device: torch.device) -> bool:
         """Half precision, up to 64 tokens, groups of 32, 64, multiples of 128, or whole rows."""
-        size = shape.group_size
         return (
             device.type == "cuda"
             and shape.dtype in (torch.float16, torch.bfloat16)
             and tokens <= 64
-            and (size in (32, 64) or size % BLOCK == 0 or size == shape.columns)
+            and cuda_program.takes_groups(shape.group_size, shape.columns)
             and cuda_program.available()
         )
 
@@ -123,7 +121,7 @@ class Mma:
             "STAGES": config.stages,
             "SPLIT": config.split,
             "BF16": int(x.dtype == torch.bfloat16),
-            "SCALE": _SCALES[scales.dtype],
+            "SCALE": cuda_program.SCALES[scales.dtype],
         }
         kernel = cuda_program.kernel("mma.cu", "mma", tuple(macros.items()), index)
         rows, here = TILE * config.tiles * config.high, min(len(x), most)

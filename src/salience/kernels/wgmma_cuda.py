@@ -23,8 +23,6 @@ from salience.kernels import cuda_program
 from salience.kernels._fragments import BLOCK, ROWS, TILE
 from salience.kernels.choice import Shape, bucket
 
-_DTYPES = {torch.float16: 0, torch.bfloat16: 1}
-_SCALES = {**_DTYPES, torch.float32: 2}
 _SHARED_BYTES = 227 * 1024  # that a block may have on sm90
 _PROCESSORS = 132
 _FEWEST, _MOST = 32, 256  # tokens of a block
@@ -126,9 +124,9 @@ class Wgmma:
         """Half precision, 17 tokens and more, groups of 32, 64, multiples of 128, or whole rows."""
         return (
             device.type == "cuda"
-            and shape.dtype in _DTYPES
+            and shape.dtype in (torch.float16, torch.bfloat16)
             and tokens >= _FEWEST
-            and _takes_groups(shape.group_size, shape.columns)
+            and cuda_program.takes_groups(shape.group_size, shape.columns)
             and cuda_program.available()
             and torch.cuda.get_device_capability(device)[0] == 9
         )
@@ -155,7 +153,7 @@ class Wgmma:
         words, scales, zeros = packed
         columns, index = x.shape[1], x.device.index
         size = columns if group_size == -1 else min(group_size, columns)
-        if not _takes_groups(size, columns):
+        if not cuda_program.takes_groups(size, columns):
             raise SalienceError(f"kernel {self.name} has no groups of {size}; use 32, 64 or 128 n")
         if columns % 8 or not x.is_contiguous() or x.data_ptr() % 16:
             x = torch.nn.functional.pad(x, (0, -columns % 8)).contiguous()
@@ -165,7 +163,9 @@ class Wgmma:
         config = Config(**options) if options else usual(bits, out_features, columns, len(x))
         token_tiles = -(-len(x) // config.tokens)
         bf16 = x.dtype == torch.bfloat16
-        macros = config.macros(bits, size, columns, bf16, _SCALES[scales.dtype], token_tiles == 1)
+        macros = config.macros(
+            bits, size, columns, bf16, cuda_program.SCALES[scales.dtype], token_tiles == 1
+        )
         before = instruction(config.tokens, bf16)
         kernel = cuda_program.kernel("wgmma.cu", "multiply", tuple(macros.items()), index, before)
         tiles, blocks = words.shape[:2]
@@ -184,10 +184,6 @@ class Wgmma:
             cluster=config.split,
         )
         return y
-
-
-def _takes_groups(size: int, columns: int) -> bool:
-    return size in (32, 64) or size % BLOCK == 0 or size == columns
 
 
 def usual(bits: int, rows: int, columns: int, tokens: int) -> Config:
