@@ -4,8 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from salience.chat.prompt import defaults, encode
 from salience.errors import SalienceError
-from salience.runtime import Engine, Sampling, context_limit
+from salience.runtime import Engine, context_limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,11 @@ def reply(
     """
     if not prompt.strip():
         raise SalienceError("the prompt is empty")
-    ids = _encode(tokenizer, prompt, system)["input_ids"][0].tolist()
-    sampling = _sampling(model, max_new_tokens, temperature, seed)
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    ids = encode(tokenizer, messages)
+    sampling = defaults(model, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
     if engine is None:
         needed = len(ids) + max_new_tokens
         engine = Engine(model, tokenizer, max_context=min(needed, context_limit(model) or needed))
@@ -65,30 +69,4 @@ def reply(
         tokens=len(result.tokens),
         first_token_seconds=result.first_token_seconds,
         tokens_per_second=result.tokens_per_second,
-    )
-
-
-def _sampling(model: Any, max_new_tokens: int, temperature: float, seed: int) -> Sampling:
-    """With what the model's own generation config says of the rest."""
-    config = model.generation_config
-    return Sampling(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=getattr(config, "top_k", None) or 0,
-        top_p=getattr(config, "top_p", None) or 1.0,
-        min_p=getattr(config, "min_p", None) or 0.0,
-        repetition_penalty=getattr(config, "repetition_penalty", None) or 1.0,
-        seed=seed,
-    )
-
-
-def _encode(tokenizer: Any, prompt: str, system: str | None) -> Any:
-    if tokenizer.chat_template is None:
-        text = prompt if system is None else f"{system}\n\n{prompt}"
-        return tokenizer(text, return_tensors="pt", return_token_type_ids=False)
-    messages = [{"role": "user", "content": prompt}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return tokenizer.apply_chat_template(
-        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     )

@@ -10,9 +10,10 @@ from typing import Any
 import typer
 
 from salience.cli import bench
+from salience.cli.chat import chat
+from salience.cli.evaluate import evaluate
 from salience.cli.models import convert, inspect
 from salience.cli.quantize import plan, quantize, report
-from salience.cli.run import chat, evaluate
 from salience.errors import SalienceError
 
 app = typer.Typer(
