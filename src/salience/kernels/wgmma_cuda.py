@@ -1,4 +1,4 @@
-"""Weights of 2, 3, 4 and 8 bits times 32 tokens and more, on Hopper: `cuda/wgmma.cu`.
+"""Weights of 2, 3, 4 and 8 bits times 16 tokens and more, on Hopper: `cuda/wgmma.cu`.
 
 Hopper's matrix unit is full only when four warps together issue `wgmma`, which takes its left
 operand from registers. So the product is y^T = W x^T: the weight, in the layout of `_fragments`, is
@@ -23,9 +23,8 @@ from salience.kernels import cuda_program
 from salience.kernels._fragments import BLOCK, ROWS, TILE
 from salience.kernels.choice import Shape, bucket
 
-_SHARED_BYTES = 227 * 1024  # that a block may have on sm90
 _PROCESSORS = 132
-_FEWEST, _MOST = 32, 256  # tokens of a block
+_FEWEST, _MOST = 16, 256  # tokens of a block
 _WORTH_TRYING = 12
 
 
@@ -35,23 +34,27 @@ class Config:
 
     Args:
         tokens: of a thread block, a multiple of 16.
-        warpgroups: of a thread block, beside the one that brings x.
+        warpgroups: of a part, each with other rows.
+        parts: of a thread block, each with other columns; one warpgroup more brings x to all.
         row_tiles: of 64 rows, that a warpgroup has.
         split: thread blocks of a cluster that share the columns.
-        stages: blocks of 128 columns of x in shared memory.
+        stages: blocks of 128 columns of x in shared memory, for each part.
         depth: blocks of the weight under way.
         buffers: unpacked operands, 2 or 4.
         resident: thread blocks that a processor holds at once.
+        strip: tiles of tokens that go down the rows together.
     """
 
     tokens: int
     warpgroups: int = 2
     row_tiles: int = 1
+    parts: int = 1
     split: int = 1
     stages: int = 4
     depth: int = 2
     buffers: int = 2
     resident: int = 1
+    strip: int = 4
 
     @property
     def rows(self) -> int:
@@ -60,12 +63,13 @@ class Config:
 
     @property
     def threads(self) -> int:
-        return 128 * self.warpgroups + 128
+        return 128 * self.warpgroups * self.parts + 128
 
     @property
     def shared(self) -> int:
-        """Bytes of shared memory: the ring of x, or in its place the sums; 1024 to align it."""
-        return max(self.stages * 2 * BLOCK * self.tokens, 4 * self.tokens * (self.rows + 4)) + 1024
+        """Bytes of shared memory: rings of x, or in their place the sums; 1024 to align them."""
+        ring, sums = self.stages * 2 * BLOCK * self.tokens, 4 * self.tokens * (self.rows + 4)
+        return self.parts * max(ring, sums) + 1024
 
     def macros(
         self, bits: int, group_size: int, columns: int, bf16: bool, scale: int, once: bool
@@ -84,11 +88,13 @@ class Config:
         return {
             "BITS": bits,
             "GROUP": group_size if small else BLOCK,
+            "GROUP_BLOCKS": -(-group_size // BLOCK),
             "BF16": int(bf16),
             "SCALE": scale,
             "TOKENS": self.tokens,
             "WARPGROUPS": self.warpgroups,
             "ROW_TILES": self.row_tiles,
+            "PARTS": self.parts,
             "SPLIT": self.split,
             "STAGES": self.stages,
             "DEPTH": self.depth,
@@ -121,7 +127,7 @@ class Wgmma:
     name = "wgmma"
 
     def supports(self, shape: Shape, tokens: int, device: torch.device) -> bool:
-        """Half precision, 17 tokens and more, groups of 32, 64, multiples of 128, or whole rows."""
+        """Half precision, 16 tokens and more, groups of 32, 64, multiples of 128, or whole rows."""
         return (
             device.type == "cuda"
             and shape.dtype in (torch.float16, torch.bfloat16)
@@ -170,8 +176,7 @@ class Wgmma:
         kernel = cuda_program.kernel("wgmma.cu", "multiply", tuple(macros.items()), index, before)
         tiles, blocks = words.shape[:2]
         high = -(-tiles * TILE // config.rows)
-        group_blocks = -(-size // BLOCK)
-        numbers = (len(x), out_features, tiles, blocks, scales.shape[1], group_blocks, token_tiles)
+        numbers = (len(x), out_features, tiles, blocks, scales.shape[1], token_tiles, config.strip)
         kernel.launch(
             (high * token_tiles, 1, 1),
             config.threads,
@@ -182,6 +187,7 @@ class Wgmma:
             ),
             shared=config.shared,
             cluster=config.split,
+            overlap=True,
         )
         return y
 
@@ -189,16 +195,27 @@ class Wgmma:
 def usual(bits: int, rows: int, columns: int, tokens: int) -> Config:
     """What is good for such a product, as far as one can say without measuring."""
     width = min(_MOST, max(_FEWEST, bucket(tokens)))
-    wide = -(-rows // (2 * ROWS)) * -(-tokens // width)
-    if width == _MOST and 2 * wide <= _PROCESSORS:
-        width //= 2
-    tiles = -(-rows // (2 * ROWS)) * -(-tokens // width)
-    split = 1
-    while split < 4 and 2 * split * tiles <= _PROCESSORS and 8 * split * BLOCK <= columns:
-        split *= 2
-    if width <= 64:
-        return Config(width, split=split, depth=_deep(bits), resident=2)
-    return Config(width, split=split, stages=3 if width == _MOST else 4)
+    tall = -(-rows // ROWS)
+    if width == _MOST and tall * -(-tokens // 128) <= _PROCESSORS:
+        width = 128
+    if width <= 128 and tall * -(-tokens // width) <= _PROCESSORS:
+        config = _narrow(width, bits)
+    elif width <= 64:
+        config = Config(width, warpgroups=4)
+    else:
+        config = Config(width, stages=3 if width == _MOST else 4)
+    tiles = -(-rows // config.rows) * -(-tokens // width)
+    if 2 * tiles <= _PROCESSORS and 2 * config.parts * config.depth * BLOCK <= columns:
+        config = replace(config, split=2)
+    return config
+
+
+def _narrow(width: int, bits: int) -> Config:
+    """As many parts as the rings leave room for, all of the same 64 rows: what few rows need."""
+    if width > 64:
+        return Config(width, warpgroups=1, parts=3, stages=2)
+    depth = _deep(bits) if width <= 32 else 2  # what the registers of five warpgroups hold
+    return Config(width, warpgroups=1, parts=4, stages=3, depth=depth)
 
 
 def _deep(bits: int) -> int:
@@ -212,10 +229,11 @@ def _configs(bits: int, rows: int, columns: int, tokens: int) -> Iterator[Config
     first = usual(bits, rows, columns, tokens)
     yield first
     if tokens > 512:
-        yield Config(_MOST, stages=3, depth=1, buffers=4)
+        yield Config(_MOST, stages=3, strip=8)
+        yield Config(128, warpgroups=3)
         return
     found = {}
-    for config in _shapes(width, _deep(bits)):
+    for config in _shapes(width, bits):
         tiles = -(-rows // config.rows) * -(-tokens // config.tokens)
         for split in (1, 2, 4):
             made = replace(config, split=split)
@@ -226,13 +244,17 @@ def _configs(bits: int, rows: int, columns: int, tokens: int) -> Iterator[Config
     yield from sorted(found, key=found.__getitem__)
 
 
-def _shapes(width: int, deep: int) -> Iterator[Config]:
+def _shapes(width: int, bits: int) -> Iterator[Config]:
     """Of blocks of so many tokens; each will be split."""
+    yield _narrow(min(width, 128), bits)
     if width <= 64:
-        yield Config(width, depth=deep, resident=2)
-        yield Config(width, depth=deep)
-        yield Config(width, row_tiles=2)
-    else:
-        yield Config(width, stages=3 if width == _MOST else 4)
-        yield Config(128)
-        yield Config(128, row_tiles=2)
+        yield Config(width, parts=2, depth=_deep(bits) if width <= 32 else 2)
+        yield Config(width, warpgroups=4)
+        yield Config(width, depth=_deep(bits), resident=2)
+        yield Config(width, depth=2, resident=2)
+        return
+    yield Config(128)
+    yield Config(128, warpgroups=1, depth=_deep(bits), resident=2, stages=3)
+    yield Config(128, warpgroups=3)
+    if width == _MOST:
+        yield Config(_MOST, stages=3)

@@ -5,14 +5,17 @@
 // rows at a time, each warp 16: its own tile of the layout of _fragments.py, so a lane's loads are
 // its operands. One thread of one more warpgroup brings x: tiles of [TOKENS][64 columns], swizzled,
 // two for each block of 128 columns, into a ring of STAGES; its other threads give their registers
-// away. Where rows are few, SPLIT blocks of a cluster share the columns and add their sums up
-// through each other's shared memory, always in one order.
+// away. Where rows are few, the columns are shared: by PARTS of a block, each with its own
+// warpgroups and ring, and by SPLIT blocks of a cluster, which read each other's sums. They are added
+// up in one order always. (Parts keep a processor busy, and a large cluster finds no place in a GPU
+// whose groups of processors it does not divide.)
 //
 // wgmma_cuda.py puts `wgmma(sums, a, b)` for TOKENS before this text, and defines
-//   BITS, GROUP     of the weight; GROUP 128 also for its multiples, groups then span blocks
+//   BITS            of the weight
+//   GROUP           32, 64, or 128 for all that is more, in GROUP_BLOCKS blocks of 128 columns
 //   BF16, SCALE     dtype of x and y; dtype of scales: 0 fp16, 1 bf16, 2 fp32
-//   TOKENS, WARPGROUPS, ROW_TILES, SPLIT     the shape of the work, as above
-//   STAGES          blocks of x in shared memory
+//   TOKENS, WARPGROUPS, ROW_TILES, PARTS, SPLIT     the shape of the work, as above
+//   STAGES          blocks of x in the ring of a part
 //   DEPTH           blocks of the weight in registers, on their way
 //   BUFFERS         unpacked operands: one in use, the others being made
 //   RESIDENT        blocks that a processor should hold at once
@@ -22,11 +25,12 @@ typedef unsigned long long u64;
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 constexpr int ROWS = 64 * WARPGROUPS * ROW_TILES;
-constexpr int CONSUMERS = 128 * WARPGROUPS;  // threads
+constexpr int CONSUMERS = 128 * WARPGROUPS * PARTS;  // threads
 constexpr int THREADS = CONSUMERS + 128;
 constexpr int HALF_STAGE = TOKENS * 128;  // bytes: 64 columns
 constexpr int STAGE = 2 * HALF_STAGE;
 constexpr int PITCH = ROWS + 4;  // of the sums in shared memory: no two lanes on one bank
+constexpr int SUMS = TOKENS * PITCH * 4;  // bytes
 constexpr int WORDS = 2 * BITS;  // of a lane and block
 constexpr int SCALES = GROUP < 128 ? 128 / GROUP : 1;  // groups in a block
 constexpr int MANTISSA = BF16 ? 7 : 10;
@@ -34,10 +38,11 @@ constexpr int MANTISSA = BF16 ? 7 : 10;
 // Registers of a thread come in eights. All start with the same; then the producers keep 40.
 constexpr int EVEN = 65536 / (THREADS * RESIDENT) / 8 * 8;
 constexpr int AT_ENTRY = EVEN > 248 ? 248 : EVEN;
-constexpr int MOST = AT_ENTRY + (AT_ENTRY - 40) / WARPGROUPS / 8 * 8;
+constexpr int MOST = AT_ENTRY + (AT_ENTRY - 40) / (WARPGROUPS * PARTS) / 8 * 8;
 constexpr int REGISTERS = MOST > 240 ? 240 : MOST;  // of a consumer
 
 static_assert(TOKENS % 8 == 0 && TOKENS <= 256 && TOKENS % SPLIT == 0, "tokens");
+static_assert(PARTS <= 4, "a warp for each brings x");
 static_assert(STAGES >= 2, "a stage is free only when the next is in use");
 static_assert(BUFFERS == 2 || BUFFERS == 4, "eight steps take the buffers in turn");
 
@@ -90,6 +95,14 @@ __device__ constexpr int shift_of(int at) {
   return at % TURN + BITS <= MANTISSA ? at - at % TURN : at;
 }
 
+// Where codes lie when they are masked: 0, BITS, ...
+constexpr int MOST_PLACES = MANTISSA / BITS < 1 ? 1 : MANTISSA / BITS;
+constexpr int PLACES = MOST_PLACES < (TURN + BITS - 1) / BITS ? MOST_PLACES : (TURN + BITS - 1) / BITS;
+
+__device__ constexpr unsigned mask_of(int place) {
+  return 0x10001u * (((1u << BITS) - 1) << place);
+}
+
 struct Group {  // of the rows g and g + 8: what their codes need
   unsigned scale[2];  // twice
   unsigned zero[2];   // -(2^MANTISSA + zero), twice
@@ -124,7 +137,8 @@ __device__ Group group_of(unsigned low, unsigned high, unsigned zeros) {
 }
 
 // The pair of codes `pair` (0 to 31) of a lane's words, rows h of the group
-__device__ unsigned unpack(const unsigned (&words)[WORDS], int pair, int h, const Group& group) {
+__device__ unsigned unpack(const unsigned (&words)[WORDS], int pair, int h, const Group& group,
+                           const unsigned (&masks)[PLACES]) {
 #if BITS == 3
   if (pair >= 30) {
     int first = 3 * (pair - 30);
@@ -145,10 +159,12 @@ __device__ unsigned unpack(const unsigned (&words)[WORDS], int pair, int h, cons
   float high = __uint_as_float(__byte_perm(word, 0x4b000000u, at ? 0x7653 : 0x7652));
   return pack2((low - group.zero32[h]) * group.scale32[h],
                (high - group.zero32[h]) * group.scale32[h]);
+#elif BITS == 8
+  unsigned code = __byte_perm(word, power2(MANTISSA), at ? 0x7371 : 0x7270);
+  return multiply2(add2(code, group.zero[h]), group.scale[h]);
 #else
   int shift = shift_of(at), place = at - shift;
-  constexpr unsigned MASK = 0x10001u * ((1 << BITS) - 1);
-  unsigned code = ((word >> shift) & (MASK << place)) | power2(MANTISSA);
+  unsigned code = ((word >> shift) & masks[place / BITS]) | power2(MANTISSA);
   if (place == 0) return multiply2(add2(code, group.zero[h]), group.scale[h]);
   // 2^MANTISSA - 2^(MANTISSA - place) is exact, and so is the sum
   constexpr int ALL = (1 << MANTISSA) - 1;
@@ -215,8 +231,7 @@ struct Weight {  // where a lane finds its part of a tile
   const char* scales;
   const unsigned char* zeros;
 
-  __device__ void load(Block& to, int block, int groups, int blocks_of_group, u64 policy,
-                       int real) const {
+  __device__ void load(Block& to, int block, int groups, u64 policy, int real) const {
     const unsigned* from = words + size_t(block) * (64 * BITS);
 #pragma unroll
     for (int i = 0; i < WORDS / 4; i++) load4(to.words + 4 * i, from + 128 * i, policy, real);
@@ -226,7 +241,7 @@ struct Weight {  // where a lane finds its part of a tile
 #endif
 #pragma unroll
     for (int i = 0; i < SCALES; i++) {
-      int group = GROUP < 128 ? block * SCALES + i : block / blocks_of_group;
+      int group = GROUP < 128 ? block * SCALES + i : block / GROUP_BLOCKS;
       group = min(group, groups - 1);  // the columns that pad a block meet an x of 0
       load_scales(to.low[i], to.high[i], scales + size_t(group) * (SCALE == 2 ? 64 : 32), real);
       load_zeros(to.zeros[i], zeros + size_t(group) * 16, real);
@@ -240,6 +255,13 @@ __device__ unsigned shared_address(const void* p) { return unsigned(__cvta_gener
 
 __device__ void barrier_init(unsigned barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
+}
+
+// At the same place in the shared memory of another block of the cluster
+__device__ unsigned there(unsigned address, int rank) {
+  unsigned found;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address), "r"(rank));
+  return found;
 }
 
 __device__ void barrier_arrive(unsigned barrier) {
@@ -278,23 +300,24 @@ __device__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
-// Of all consumers of the cluster; the producers have left or will
+// Of all threads of the cluster that have not left. A warp must arrive as one: where a lane is late,
+// it counts twice, and blocks leave while others still need them.
 __device__ void cluster_sync() {
-#if SPLIT > 1
+  __syncwarp();
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
                    : "memory");
-#else
+}
+
+__device__ void consumers_sync() {
   asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
-#endif
 }
 
 __device__ float4 load_sums(unsigned address, int rank) {
   float4 v;
 #if SPLIT > 1
-  asm volatile(
-      "{.reg .u32 there; mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];}"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address), "r"(rank) : "memory");
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(there(address, rank)) : "memory");
 #else
   asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
                : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
@@ -307,32 +330,45 @@ __device__ float4 load_sums(unsigned address, int rank) {
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char* scales,
          const unsigned char* zeros, unsigned short* y, int tokens, int out, int tiles, int blocks,
-         int groups, int blocks_of_group, int token_tiles) {
+         int groups, int token_tiles, int strip) {
   extern __shared__ unsigned char dynamic[];
-  __shared__ alignas(8) u64 barriers[2 * STAGES];
-  const unsigned stages = (shared_address(dynamic) + 1023) & ~1023u;
-  const unsigned full = shared_address(barriers), empty = full + 8 * STAGES;
+  __shared__ alignas(8) u64 barriers[PARTS][2 * STAGES];
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int rank = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT;
-  const int first_row = tile / token_tiles * ROWS, first_token = tile % token_tiles * TOKENS;
+  // By the shuffle the compiler knows that all lanes agree: addresses stay in uniform registers
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const bool brings = warp >= CONSUMERS / 32;
+  const int group = warp / 4 % WARPGROUPS;  // of warps, in its part
+  const int part = brings ? warp % 4 % PARTS : warp / (4 * WARPGROUPS);
+  const unsigned memory = (shared_address(dynamic) + 1023) & ~1023u;
+  const unsigned stages = memory + part * (STAGES * STAGE);
+  const unsigned full = shared_address(barriers[part]), empty = full + 8 * STAGES;
+
+  const int rank = blockIdx.x % SPLIT;
+  // Blocks that run at once should share x and the weight in the L2: so a strip of some tiles of
+  // tokens goes down all rows, then the next
+  const int work = blockIdx.x / SPLIT, high = gridDim.x / SPLIT / token_tiles;
+  const int before = work / (high * strip) * strip, at = work % (high * strip);
+  const int wide = min(strip, token_tiles - before);
+  const int first_row = at / wide * ROWS;
+  const int first_token = (before + at % wide) * TOKENS;
   const int chunks = (blocks + DEPTH - 1) / DEPTH;
-  const int begin = chunks * rank / SPLIT * DEPTH;
-  const int steps = chunks * (rank + 1) / SPLIT * DEPTH - begin;
+  const int share = rank * PARTS + part;
+  const int begin = chunks * share / (SPLIT * PARTS) * DEPTH;
+  const int steps = chunks * (share + 1) / (SPLIT * PARTS) * DEPTH - begin;
 
-  if (threadIdx.x == 0) {
+  if (brings && lane == 0 && warp % 4 < PARTS) {
     for (int i = 0; i < STAGES; i++) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, CONSUMERS / 32);
+      barrier_init(empty + 8 * i, 4 * WARPGROUPS);
     }
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncthreads();
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 
-  if (warp >= CONSUMERS / 32) {
+  if (brings) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-    if (threadIdx.x == CONSUMERS) {
+    if (lane == 0 && warp % 4 < PARTS) {
       asm volatile("griddepcontrol.wait;" ::: "memory");
       int stage = 0, phase = 1;  // the first round finds its stages empty
       for (int i = 0; i < steps; i++) {
@@ -348,11 +384,16 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
   } else {
     if (REGISTERS > AT_ENTRY) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
     const u64 policy = weight_policy();
+    // Masks that the compiler does not know: it would make each anew at every use
+    unsigned masks[PLACES];
+#pragma unroll
+    for (int i = 0; i < PLACES; i++)
+      masks[i] = __shfl_sync(~0u, mask_of(i * BITS) | unsigned(tokens) >> 31, lane);
     Weight weight[ROW_TILES];
     Block ahead[DEPTH][ROW_TILES] = {};
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
-      int mine = first_row / 16 + (warp / 4 * ROW_TILES + r) * 4 + warp % 4;
+      int mine = first_row / 16 + (group * ROW_TILES + r) * 4 + warp % 4;
       mine = min(mine, tiles - 1);  // rows past the end are computed again, and not stored
       weight[r].words = words + size_t(mine) * blocks * (64 * BITS) + 4 * lane;
       weight[r].scales = scales + size_t(mine) * groups * (SCALE == 2 ? 64 : 32) +
@@ -363,8 +404,7 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
     for (int d = 0; d < DEPTH; d++)
 #pragma unroll
       for (int r = 0; r < ROW_TILES; r++)
-        weight[r].load(ahead[d][r], min(begin + d, blocks - 1), groups, blocks_of_group, policy,
-                       d < steps);
+        weight[r].load(ahead[d][r], min(begin + d, blocks - 1), groups, policy, d < steps);
 
     float sums[ROW_TILES][TOKENS / 2];
 #pragma unroll
@@ -377,7 +417,7 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
     for (int done = 0; done < steps; done += DEPTH) {
 #pragma unroll
       for (int d = 0; d < DEPTH; d++) {
-        Group group[ROW_TILES];
+        Group of[ROW_TILES];
         const u64 tile_x = descriptor(stages + stage * STAGE);
         barrier_wait(full + 8 * stage, phase);
 #pragma unroll
@@ -386,14 +426,14 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
 #pragma unroll
             for (int r = 0; r < ROW_TILES; r++) {
               constexpr int PER = 8 / SCALES;
-              group[r] = group_of(ahead[d][r].low[j / PER], ahead[d][r].high[j / PER],
-                                  ahead[d][r].zeros[j / PER]);
+              of[r] = group_of(ahead[d][r].low[j / PER], ahead[d][r].high[j / PER],
+                               ahead[d][r].zeros[j / PER]);
             }
 #pragma unroll
           for (int r = 0; r < ROW_TILES; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++)
-              a[j % BUFFERS][r][i] = unpack(ahead[d][r].words, 4 * j + i, i % 2, group[r]);
+              a[j % BUFFERS][r][i] = unpack(ahead[d][r].words, 4 * j + i, i % 2, of[r], masks);
           wgmma_fence();
 #pragma unroll
           for (int r = 0; r < ROW_TILES; r++)
@@ -406,20 +446,20 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
 #pragma unroll
         for (int r = 0; r < ROW_TILES; r++) {
           const int next = done + d + DEPTH;
-          weight[r].load(ahead[d][r], min(begin + next, blocks - 1), groups, blocks_of_group,
-                         policy, next < steps);
+          weight[r].load(ahead[d][r], min(begin + next, blocks - 1), groups, policy,
+                         next < steps);
         }
         last = stage;
         if (++stage == STAGES) stage = 0, phase ^= 1;
       }
     }
     wgmma_wait<0>();
-    // The ring is free once all warpgroups are here: the sums go there, as [TOKENS][PITCH]
-    asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory");
+    // The rings are free once all warpgroups are here: the sums go there, [PARTS][TOKENS][PITCH]
+    consumers_sync();
 #pragma unroll
     for (int r = 0; r < ROW_TILES; r++) {
-      const int row = (warp / 4 * ROW_TILES + r) * 64 + warp % 4 * 16 + lane / 4;
-      const unsigned to = stages + 4 * (lane % 4 * 2 * PITCH + row);
+      const int row = (group * ROW_TILES + r) * 64 + warp % 4 * 16 + lane / 4;
+      const unsigned to = memory + part * SUMS + 4 * (lane % 4 * 2 * PITCH + row);
 #pragma unroll
       for (int i = 0; i < TOKENS / 2; i++) {
         const int token = i / 4 * 8 + i % 2, h = i / 2 % 2;
@@ -427,29 +467,45 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
                      "f"(sums[r][i]) : "memory");
       }
     }
+#if SPLIT > 1
     cluster_sync();
+#else
+    consumers_sync();
+#endif
 
-    constexpr int SHARE = TOKENS / SPLIT;  // tokens that this block of the cluster adds up
-    for (int i = threadIdx.x; i < SHARE * (ROWS / 4); i += CONSUMERS) {
-      const int token = rank * SHARE + i / (ROWS / 4), row = i % (ROWS / 4) * 4;
-      if (first_token + token >= tokens || first_row + row >= out) continue;
-      const unsigned from = stages + 4 * (token * PITCH + row);
-      float4 sum = load_sums(from, 0);
+    constexpr int MINE = TOKENS / SPLIT;  // tokens that this block adds up, of all that split
+    constexpr int QUADS = ROWS / 4, TOTAL = MINE * QUADS, EACH = (TOTAL + CONSUMERS - 1) / CONSUMERS;
+    constexpr int BATCH = EACH < 4 ? EACH : 4;  // loads on their way
+    for (int first = threadIdx.x; first < TOTAL; first += BATCH * CONSUMERS) {
+      float4 found[BATCH];
 #pragma unroll
-      for (int other = 1; other < SPLIT; other++) {
-        const float4 more = load_sums(from, other);
-        sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+      for (int b = 0; b < BATCH; b++) {
+        const int i = min(first + b * CONSUMERS, TOTAL - 1);
+        const unsigned from = memory + 4 * ((rank * MINE + i / QUADS) * PITCH + i % QUADS * 4);
+        float4 sum = load_sums(from, 0);
+#pragma unroll
+        for (int other = 1; other < SPLIT * PARTS; other++) {
+          const float4 more = load_sums(from + other % PARTS * SUMS, other / PARTS);
+          sum.x += more.x, sum.y += more.y, sum.z += more.z, sum.w += more.w;
+        }
+        found[b] = sum;
       }
-      const unsigned low = pack2(sum.x, sum.y), high = pack2(sum.z, sum.w);
-      unsigned short* to = y + size_t(first_token + token) * out + first_row + row;
-      if (out % 4 == 0) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
-      } else {
-        const int left = out - first_row - row;
-        to[0] = low & 0xffff;
-        if (left > 1) to[1] = low >> 16;
-        if (left > 2) to[2] = high & 0xffff;
-        if (left > 3) to[3] = high >> 16;
+#pragma unroll
+      for (int b = 0; b < BATCH; b++) {
+        const int i = first + b * CONSUMERS;
+        const int token = first_token + rank * MINE + i / QUADS, row = first_row + i % QUADS * 4;
+        if (i >= TOTAL || token >= tokens || row >= out) continue;
+        const unsigned low = pack2(found[b].x, found[b].y), high = pack2(found[b].z, found[b].w);
+        unsigned short* to = y + size_t(token) * out + row;
+        if (out % 4 == 0) {
+          *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
+        } else {
+          const int left = out - row;
+          to[0] = low & 0xffff;
+          if (left > 1) to[1] = low >> 16;
+          if (left > 2) to[2] = high & 0xffff;
+          if (left > 3) to[3] = high >> 16;
+        }
       }
     }
 #if SPLIT > 1
