@@ -200,10 +200,10 @@ def test_rope_rounds_as_the_modules_do(interleaved: bool, dtype: torch.dtype, op
         want, keys = (x * cos[None] + rotate_pairs(x) * sin[None] for x in (q, k))
     else:
         want, keys = apply_rotary_pos_emb(q, k, cos, sin)
-    if dtype == torch.float16:
+    if dtype == torch.float16 and DEVICE == "cpu":
         assert torch.equal(found, want[:, :, 0])
         assert torch.equal(caches[0][:, :, 5], keys[:, :, 0])
-    else:  # a product and a sum may have been rounded once
+    else:  # a product and a sum may have been rounded once, on a GPU in any dtype
         close(found, want[:, :, 0].double())
         close(caches[0][:, :, 5], keys[:, :, 0].double())
     assert torch.equal(caches[1][:, :, 5], v.view(2, 2, 16))

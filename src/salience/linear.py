@@ -205,9 +205,22 @@ def packed_bytes(
         kernel: as of `QuantLinear`; None for embeddings.
     """
     out_features, in_features = shape
-    rows = out_features if out_features < 2 * _SOME_ROWS else _SOME_ROWS + out_features % _SOME_ROWS
     if kernel is None:
         scheme = replace(scheme, double_quant=False)  # whose scales are whole
+    elif kernel == "auto":
+        kernel = kernels.choose(scheme, device, in_features, out_features).name
+    few = out_features if out_features < 3 * _SOME_ROWS else _SOME_ROWS + out_features % _SOME_ROWS
+    found = _bytes_of(scheme, few, in_features, device, kernel)
+    if few < out_features:
+        more = _bytes_of(scheme, few + _SOME_ROWS, in_features, device, kernel) - found
+        found += more * ((out_features - few) // _SOME_ROWS)
+    return found
+
+
+def _bytes_of(
+    scheme: Scheme, rows: int, in_features: int, device: torch.device, kernel: str | None
+) -> int:
+    """What so many rows take, packed."""
     groups = torch.zeros(rows, scheme.groups(in_features), device=device)
     codes = torch.zeros(rows, in_features, dtype=torch.uint8, device=device)
     scales = groups if scheme.codebook else groups.half()
@@ -219,7 +232,5 @@ def packed_bytes(
     if kernel is None:
         module: nn.Module = QuantEmbedding(qt, torch.float32)
     else:
-        if kernel == "auto":
-            kernel = kernels.choose(scheme, device, in_features, out_features).name
         module = QuantLinear(qt, None, kernel)
-    return sum(buffer.nbytes for buffer in module.buffers()) * out_features // rows
+    return sum(buffer.nbytes for buffer in module.buffers())
