@@ -129,6 +129,8 @@ LAYERS = {
     "salience.chat.reply": 71,
     "salience.evaluation": 70,
     "salience.evaluation.perplexity": 70,
+    "salience.server": 70,
+    "salience.server.vllm": 71,
     "salience.bench": 60,
     "salience.bench.measure": 60,
     "salience.bench.weights": 60,

@@ -1,0 +1,1 @@
+"""Answer requests over HTTP: by our own engine, or by another one on the same checkpoint."""
