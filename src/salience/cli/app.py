@@ -11,6 +11,7 @@ import typer
 
 from salience.cli import bench
 from salience.cli.chat import chat
+from salience.cli.doctor import doctor
 from salience.cli.evaluate import evaluate
 from salience.cli.models import convert, inspect
 from salience.cli.quantize import plan, quantize, report
@@ -29,6 +30,7 @@ app.command()(convert)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(chat)
+app.command()(doctor)
 app.command()(report)
 
 # The base of what typer raises for wrong options: click's, or in newer versions its own copy of it.
