@@ -90,11 +90,15 @@ def end_complaints(known: set[int], tokenizer: Any, rows: int) -> Iterator[Compl
         )
         mend = f"add {own} to the eos_token_id of {GENERATION}"
         yield Complaint("warning", ("eos_token_id",), problem, mend)
-    size = max(tokenizer.get_vocab().values(), default=-1) + 1
-    if size > rows:
-        problem = f"has {size} tokens, and there are {rows} embeddings"
+    added = tokenizer.get_added_vocab()
+    large = {text: token for text, token in tokenizer.get_vocab().items() if token >= rows}
+    if large.keys() - added.keys():
+        problem = f"has tokens up to {max(large.values())}, and there are {rows} embeddings"
         mend = "take the tokenizer that belongs to these weights"
         yield Complaint("error", ("tokenizer",), problem, mend)
+    elif large:
+        problem = f"has added tokens without embeddings, such as {min(large)}"
+        yield Complaint("note", ("tokenizer",), problem, "nothing, if no prompt has them")
 
 
 def template_complaints(tokenizer: Any) -> Iterator[Complaint]:

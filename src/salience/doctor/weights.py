@@ -29,6 +29,7 @@ _FLOAT16_TINY = 2.0**-14  # the least with all its bits
 _MANY_TINY = 0.01
 _MUCH_ALIKE = 0.999
 _AGAIN = "download it again, or quantize it anew"
+_ALL_ZEROS = ("is all zeros", f"{_AGAIN}, if the float model has other values there")
 _INVERSE = ("inv_freq", "masked_bias", "rotary_emb.inv_freq")  # buffers that old files hold
 
 
@@ -142,7 +143,9 @@ def weight_complaints(name: str, qt: QTensor) -> Iterator[Complaint]:
         yield Complaint("warning", where, problem, "serve it in bf16 or fp32")
     counts = torch.bincount(qt.q.flatten(), minlength=qt.scheme.levels + 1)
     share = counts / counts.sum()
-    if share.max() > _MUCH_ALIKE:
+    if not qt.scheme.codebook and qt.g_idx is None and not qt.dequantize().any():
+        yield Complaint("warning", where, *_ALL_ZEROS)
+    elif share.max() > _MUCH_ALIKE:
         problem = f"has the same code everywhere ({share.argmax()})"
         yield Complaint("error", where, problem, _AGAIN)
     elif (saturated := float(share[0] + share[-1])) > (most := saturation_limit(qt.scheme)):
@@ -185,8 +188,8 @@ def float_complaints(stored: Checkpoint, name: str) -> Iterator[Complaint]:
     elif most > FLOAT16_MAX:
         mend = "serve it with --dtype bfloat16"
         yield Complaint("warning", (name,), "has values beyond fp16's range", mend)
-    elif most == 0 and tensor.ndim > 1:
-        yield Complaint("error", (name,), "is all zeros", _AGAIN)
+    elif most == 0 and tensor.ndim > 1 and "bias" not in name:
+        yield Complaint("warning", (name,), *_ALL_ZEROS)
 
 
 def kept_complaints(model: Any, packed: Mapping[str, Packed]) -> Iterator[Complaint]:
