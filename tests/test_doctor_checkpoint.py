@@ -16,12 +16,14 @@ import salience
 from helpers_awq import repacked
 from helpers_checkpoint import refuse
 from salience.cli.app import main
+from salience.doctor import weights
 from salience.doctor.checkpoint import Checkup, examine
 from salience.doctor.complaint import Complaint, sorted_complaints
 from salience.doctor.runtimes import mends
 from salience.doctor.texts import end_complaints, generation_complaints
-from salience.doctor.weights import saturation_limit, weight_complaints
+from salience.doctor.weights import kept_complaints, saturation_limit, weight_complaints
 from salience.grid import quantize
+from salience.modules import codable
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
 from salience.source import open_source
@@ -153,6 +155,7 @@ def test_the_real_model_gives_no_false_alarm(smollm2: str) -> None:
         (NORM, filled(float("-inf")), "error", "values that are not finite"),
         ("lm_head.weight", torch.zeros_like, "warning", "is all zeros"),
         (NORM, lambda x: None, "error", "is missing"),
+        (NORM, lambda x: x[:8], "error", "is [8], the model wants [64]"),
         (f"{LINEAR}.qzeros", lambda x: None, "error", "cannot be read"),
     ],
 )
@@ -215,6 +218,37 @@ def test_a_constant_weight_is_not_a_zero_one() -> None:
     assert none.severity == "warning" and "all zeros" in none.problem
 
 
+def test_codes_are_counted_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In activation order too, and of codebooks, where code 7 of NF4 is 0."""
+    order = torch.randperm(64).int() // 32
+    plain = quantize(torch.randn(8, 64), Scheme(4, 32))
+    ordered = QTensor(plain.zeros[:, order.long()], plain.scales, plain.zeros, plain.scheme, order)
+    seven = quantize(torch.randn(8, 64), Scheme.parse("nf4"))
+    seven = QTensor(torch.full_like(seven.q, 7), seven.scales, seven.zeros, seven.scheme)
+    for rows in (1, 3, 100):
+        monkeypatch.setattr(weights, "_SOME_CODES", 64 * rows)
+        counts, zero = weights._count(plain)
+        assert counts.tolist() == [int((plain.q == code).sum()) for code in range(16)] and not zero
+        for qt in (ordered, seven):
+            [seen] = weight_complaints("a", qt)
+            assert "all zeros" in seen.problem
+    constant = QTensor(torch.full_like(seven.q, 3), seven.scales, seven.zeros, seven.scheme)
+    [seen] = weight_complaints("a", constant)
+    assert "same code everywhere (3)" in seen.problem
+
+
+def test_towers_are_not_for_text() -> None:
+    model = make_model(llama_config(num_hidden_layers=1))
+    model.tower = torch.nn.Linear(64, 64)
+    blocks = [name for name in codable(model) if name.startswith("model.layers.")]
+    fine = dict.fromkeys([*blocks, "lm_head", "model.embed_tokens"])
+    assert list(kept_complaints(model, fine)) == []  # type: ignore[arg-type]
+    [seen] = kept_complaints(model, fine | {"tower": None})  # type: ignore[arg-type]
+    assert seen.where == ("tower",) and seen.severity == "warning"
+    [noted] = kept_complaints(model, dict.fromkeys(blocks[1:]))  # type: ignore[arg-type]
+    assert noted.where == (blocks[0],) and noted.severity == "note"
+
+
 def test_extra_tensors(awq: Path) -> None:
     file = awq / "model.safetensors"
     tensors = load_file(file)
@@ -265,7 +299,7 @@ def test_activations_beyond_fp16(
     if word == "may overflow":
         most = checkup(folder, run=True).largest
         assert most is not None
-        change(folder, f"{LINEAR}.weight", lambda x: x * (30000 / most[0]) ** 1.0)
+        change(folder, f"{LINEAR}.weight", lambda x: x * 30000 / most[0])
     found = checkup(folder, run=True)
     assert found.largest is not None and found.largest[0] > 8188
     seen = complaint(found, "warning", word)

@@ -88,9 +88,9 @@ def examine(source: Source, tensor_parallel: int = 1, run: bool = False) -> Chec
         if fmt is not None:
             found += packed_complaints(stored, fmt, each)
     taken = {full for each in packed.values() for full in each.tensors.values()}
-    places = model.state_dict().keys()
-    for name in sorted((stored.names() & places) - taken):
-        found += float_complaints(stored, name)
+    places = model.state_dict()
+    for name in sorted((stored.names() & places.keys()) - taken):
+        found += float_complaints(stored, name, places[name])
     found += kept_complaints(model, packed)
     found += text_complaints(source, model.get_input_embeddings().weight.shape[0])
     broken = any(each.severity == "error" for each in found)

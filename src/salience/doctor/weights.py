@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from salience.checkpoint import Checkpoint
+from salience.codebook import table
 from salience.conversion import check_places, unplaced
 from salience.doctor.complaint import Complaint
 from salience.errors import SalienceError
@@ -27,6 +28,7 @@ from salience.scheme import Scheme
 FLOAT16_MAX = 65504.0
 _FLOAT16_TINY = 2.0**-14  # the least with all its bits
 _MANY_TINY = 0.01
+_SOME_CODES = 2**22  # that are counted at a time
 _MUCH_ALIKE = 0.999
 _AGAIN = "download it again, or quantize it anew"
 _ALL_ZEROS = ("is all zeros", f"{_AGAIN}, if the float model has other values there")
@@ -141,9 +143,9 @@ def weight_complaints(name: str, qt: QTensor) -> Iterator[Complaint]:
     if scales.abs().max() * largest > FLOAT16_MAX:
         problem = "has weights beyond fp16's range"
         yield Complaint("warning", where, problem, "serve it in bf16 or fp32")
-    counts = torch.bincount(qt.q.flatten(), minlength=qt.scheme.levels + 1)
+    counts, zero = _count(qt)
     share = counts / counts.sum()
-    if not qt.scheme.codebook and qt.g_idx is None and not qt.dequantize().any():
+    if zero:
         yield Complaint("warning", where, *_ALL_ZEROS)
     elif share.max() > _MUCH_ALIKE:
         problem = f"has the same code everywhere ({share.argmax()})"
@@ -152,6 +154,25 @@ def weight_complaints(name: str, qt: QTensor) -> Iterator[Complaint]:
         problem = f"has many saturated codes, where up to {100 * most:.0f} % are normal"
         mend = "compare it with the float model (salience eval), and quantize it anew"
         yield Complaint("warning", (f"{name} ({100 * saturated:.0f} %)",), problem, mend)
+
+
+def _count(qt: QTensor) -> tuple[Tensor, bool]:
+    """How often each code comes, and whether all of them stand for 0; some rows at a time."""
+    counts = torch.zeros(qt.scheme.levels + 1, dtype=torch.int64)
+    zero = True
+    place = qt.g_idx
+    if place is None:
+        place = torch.arange(qt.in_features) // qt.scheme.group_columns(qt.in_features)
+    values = None if qt.scheme.codebook is None else table(qt.scheme.codebook, qt.q.device)
+    step = max(1, _SOME_CODES // qt.in_features)
+    for start in range(0, qt.out_features, step):
+        codes = qt.q[start : start + step]
+        counts += torch.bincount(codes.flatten(), minlength=len(counts))
+        if zero and values is None:
+            zero = torch.equal(codes, qt.zeros[start : start + step][:, place.long()])
+    if values is not None:
+        zero = not values[counts.nonzero()[:, 0]].any()
+    return counts, zero
 
 
 def _dead_groups(qt: QTensor, scales: Tensor) -> bool:
@@ -176,9 +197,19 @@ def saturation_limit(scheme: Scheme) -> float:
     return min(1.0, max(3 * normal, normal + 0.25))
 
 
-def float_complaints(stored: Checkpoint, name: str) -> Iterator[Complaint]:
-    """What is wrong with a tensor that is not packed."""
+def float_complaints(stored: Checkpoint, name: str, like: Tensor) -> Iterator[Complaint]:
+    """What is wrong with a tensor that is not packed.
+
+    Args:
+        stored: the tensors under the names of the model.
+        name: of one.
+        like: the model's, without values.
+    """
     tensor = stored.tensor(name)
+    if tensor.shape != like.shape:
+        problem = f"is {list(tensor.shape)}, the model wants {list(like.shape)}"
+        yield Complaint("error", (name,), problem, "make config.json fit the weights")
+        return
     if not tensor.is_floating_point() or not tensor.numel():
         return
     low, high = (float(end) for end in tensor.aminmax())
