@@ -18,7 +18,7 @@ from salience.doctor.machine import Machine, cpu_features, examine, usable_cpus
 from salience.doctor.trials import Trial, all_trials, attempt, kernel_trials, variant_trials
 from salience.formats import FORMATS, AutoAwq
 from salience.formats.dense import Dense
-from salience.kernels import fused
+from salience.kernels import fused, gpu
 from salience.kernels.gpu import Triton
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
@@ -44,6 +44,19 @@ def test_variants_of_the_gpu_by_triton_s_interpreter() -> None:
     if Triton().supports(trials.Shape(4, 64, 64, 64, torch.float16), 4, CPU):
         assert found["triton w4 on cpu"].status == found["triton w3 on cpu"].status == "works"
     assert found["wgmma w4 on cpu"].status == "absent" and found["wgmma w4 on cpu"].detail
+
+
+def test_what_is_missing_on_a_gpu_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that Triton would run on and does not is not as it should be; an old one is."""
+    cuda = torch.device("cuda")
+    for fault, status in (
+        ("Triton is not installed (pip install triton)", "fails"),
+        ("Triton's kernels need an NVIDIA GPU of compute capability 8.0 or later", "absent"),
+    ):
+        monkeypatch.setattr(gpu, "triton_fault", lambda device, fault=fault: fault)
+        assert trials._absence(Triton(), cuda) == (status, fault)
+    monkeypatch.setattr(trials, "find_spec", lambda name: None)
+    assert "salience[cuda]" in trials._absence(gpu.Mma(), cuda)[1]
 
 
 def test_a_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

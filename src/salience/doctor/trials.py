@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -104,10 +105,20 @@ def variant_trials(device: torch.device) -> Iterator[Trial]:
             name = f"{variant.name} w{bits} on {device.type}"
             tokens = next((n for n in (4, 64, 128) if variant.supports(shape, n, device)), None)
             if tokens is None:
-                why = gpu.triton_fault(device) or "another GPU's, or cuda-core is missing"
-                yield Trial("variant", name, "absent", why)
+                yield Trial("variant", name, *_absence(variant, device))
                 continue
             yield attempt("variant", name, partial(_variant, variant, shape, tokens, device))
+
+
+def _absence(variant: gpu.Variant, device: torch.device) -> tuple[str, str]:
+    """Why a variant is not to be had: by what this machine is, or by what could be mended."""
+    if isinstance(variant, gpu.Triton | gpu.Dequantize):
+        fault = gpu.triton_fault(device) or ""
+        mendable = device.type == "cuda" and "compute capability" not in fault
+        return ("fails" if mendable else "absent"), fault
+    if device.type == "cuda" and find_spec("cuda") is None:
+        return "absent", "cuda-core is not installed; pip install 'salience[cuda]'"
+    return "absent", f"not made for {device.type} of this kind, or for a weight this small"
 
 
 def random_weight(scheme: Scheme, rows: int = _SIZE, columns: int = _SIZE) -> QTensor:
