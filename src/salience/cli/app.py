@@ -28,9 +28,9 @@ app.command()(plan)
 app.command()(quantize)
 app.command()(convert)
 app.command()(inspect)
+app.command()(doctor)
 app.command("eval")(evaluate)
 app.command()(chat)
-app.command()(doctor)
 app.command()(report)
 
 # The base of what typer raises for wrong options: click's, or in newer versions its own copy of it.

@@ -1,1 +1,1 @@
-"""Answer requests over HTTP: by our own engine, or by another one on the same checkpoint."""
+"""A server that speaks OpenAI's protocol. `app` puts it together, `service` is what routes use."""
