@@ -15,6 +15,7 @@ from torch import Tensor
 import salience
 from helpers_awq import repacked
 from helpers_checkpoint import refuse
+from salience.calibration import Calibration
 from salience.cli.app import main
 from salience.doctor import weights
 from salience.doctor.checkpoint import Checkup, examine
@@ -28,7 +29,7 @@ from salience.qtensor import QTensor
 from salience.scheme import Scheme
 from salience.source import open_source
 from tiny_architectures import COMMON, architecture
-from tiny_models import llama_config, make_model, make_tokenizer, save
+from tiny_models import TEXT, llama_config, make_model, make_tokenizer, save
 
 LINEAR = "model.layers.0.mlp.up_proj"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -41,6 +42,7 @@ WAYS = {
     "bitsandbytes": ("nf4", "nf4"),
     "bitsandbytes-int8": ("rtn", "w8channel-sym"),
 }
+ORDERED = "gptq in activation order"
 REPACKED = {
     "gemv": {"version": "gemv"},
     "gemv_fast": {"version": "gemv_fast"},
@@ -57,6 +59,18 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         out = folder / format
         salience.quantize(str(found["dense"]), out, method=method, scheme=scheme, format=format)
         found[format] = out
+    found[ORDERED] = folder / "ordered"
+    text = folder / "text.txt"
+    text.write_text(TEXT[:20_000])
+    salience.quantize(
+        str(found["dense"]),
+        found[ORDERED],
+        method="gptq",
+        scheme="w4g32",
+        format="gptq",
+        act_order=True,
+        calibration=Calibration(str(text), samples=2, seqlen=32),
+    )
     for kind, changes in REPACKED.items():
         found[kind] = out = folder / kind
         tensors = repacked(found["awq"], out, kind)
@@ -111,7 +125,7 @@ def complaint(found: Checkup, *parts: str) -> Complaint:
     return only
 
 
-@pytest.mark.parametrize("format", ["dense", *WAYS, *REPACKED])
+@pytest.mark.parametrize("format", ["dense", *WAYS, ORDERED, *REPACKED])
 def test_a_good_one_gives_no_complaint(good: dict[str, Path], format: str) -> None:
     found = checkup(good[format], run=True)
     assert found.complaints == []
@@ -307,6 +321,15 @@ def test_activations_beyond_fp16(
     assert checkup(folder).largest is None
 
 
+def test_activations_that_are_not_finite(good: dict[str, Path], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(good["dense"], tmp_path / "dense"))
+    change(folder, f"{LINEAR}.weight", lambda x: x * 1e30)
+    change(folder, "model.layers.0.mlp.down_proj.weight", lambda x: x * 1e30)
+    found = checkup(folder, run=True)
+    assert found.largest is None and not found.healthy
+    assert complaint(found, "error", "not finite, in fp32").where[0].startswith("model.layers.0")
+
+
 @pytest.mark.parametrize(
     ("values", "severity", "problem"),
     [
@@ -394,6 +417,7 @@ def test_what_readers_say(good: dict[str, Path]) -> None:
     assert answers("bitsandbytes")["vLLM"] == "no"
     assert answers("gemv")["SGLang"] == "no"
     assert answers("gguf")["llama.cpp"] == "yes"
+    assert answers(ORDERED)["vLLM"] == "no"
     assert answers("compressed-tensors")["SGLang"] == "no"  # 3 bits
     found = {each.runtime: each for each in checkup(good["bitsandbytes"]).verdicts}
     assert "quantize the float model" in found["llama.cpp"].lines[0]

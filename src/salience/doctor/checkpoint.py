@@ -116,8 +116,9 @@ def examine(source: Source, tensor_parallel: int = 1, run: bool = False) -> Chec
 
 
 @torch.no_grad()
-def run_complaints(model: Any, source: Source) -> tuple[tuple[float, str], list[Complaint]]:
-    """The largest activation of a few tokens and its module, and what is wrong with it.
+def run_complaints(model: Any, source: Source) -> tuple[tuple[float, str] | None, list[Complaint]]:
+    """The largest activation of a few tokens and its module, None if some are not finite, and what
+    is wrong with it.
 
     Args:
         model: in fp32.
@@ -143,7 +144,7 @@ def run_complaints(model: Any, source: Source) -> tuple[tuple[float, str], list[
     wrong = next((name for most, name in found if most != most or most == float("inf")), None)
     if wrong is not None:
         problem = "computes values that are not finite, in fp32"
-        return (float("inf"), wrong), [
+        return None, [
             Complaint("error", (wrong,), problem, "quantize it anew from the float model")
         ]
     most, name = max(found)
