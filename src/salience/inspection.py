@@ -1,6 +1,6 @@
 """What is in a checkpoint: its format, the scheme of each linear, what stayed float, its size."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -58,12 +58,26 @@ def inspect(source: Source, tensor_parallel: int = 1) -> Inspection:
     Raises:
         SalienceError: a checkpoint that cannot be read.
     """
+    result, profile = _look(source)
+    return replace(result, serving=findings(profile, tensor_parallel)) if profile else result
+
+
+def served(source: Source) -> Served | None:
+    """A checkpoint as runtimes see it; None of a dense one, or of another tool's GGUF file.
+
+    Raises:
+        SalienceError: a checkpoint that cannot be read.
+    """
+    return _look(source)[1]
+
+
+def _look(source: Source) -> tuple[Inspection, Served | None]:
     model = source.skeleton()
     stored = source.stored
     total = sum(stored.nbytes(name) for name in stored.names())
     config = stored_config(source.config, source.stored)
     if config is None:
-        return _dense(source, model, total)
+        return _dense(source, model, total), None
     fmt = detect_format(config)
     stored = source.weights(model)
     modules, kept, bits, count = [], [], 0, 0
@@ -89,7 +103,7 @@ def inspect(source: Source, tensor_parallel: int = 1) -> Inspection:
     kinds = {module.scheme for module in modules}
     only = kinds.pop() if len(kinds) == 1 else None
     moved = {name: order for name, order in orders.items() if not _in_order(order, schemes[name])}
-    served = Served(
+    profile = Served(
         format=fmt.name,
         schemes=schemes,
         shapes={module.name: (module.out_features, module.in_features) for module in modules},
@@ -101,8 +115,7 @@ def inspect(source: Source, tensor_parallel: int = 1) -> Inspection:
         g_idx=moved,
         embeddings=[name for name in embeddings(model) if name in schemes],
     )
-    minded = findings(served, tensor_parallel)
-    return Inspection(fmt.name, only, bits / max(count, 1), total, modules, kept, minded)
+    return Inspection(fmt.name, only, bits / max(count, 1), total, modules, kept), profile
 
 
 def _in_order(g_idx: Tensor, scheme: Scheme) -> bool:

@@ -17,7 +17,7 @@ versions), a refusal where it does not load the model, or answers wrongly.
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,12 +94,17 @@ class Served:
     embeddings: Sequence[str] = ()
 
 
-def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
+def findings(
+    served: Served,
+    tensor_parallel: int = 1,
+    kernels: Mapping[str, Callable[[Part, int], Iterator[Remark]]] = KERNELS,
+) -> list[Finding]:
     """What vLLM and SGLang would mind; nothing of formats that are made for other runtimes.
 
     Args:
         served: the checkpoint.
         tensor_parallel: on how many GPUs each linear is cut.
+        kernels: what kernels mind, by format: of all versions, or of the one that will serve it.
     """
     found: list[Finding] = []
 
@@ -112,7 +117,7 @@ def findings(served: Served, tensor_parallel: int = 1) -> list[Finding]:
         note(next(iter(served.schemes)), [(RUNTIMES, "refuse", problem, mend)])
     if served.format not in _FORMATS:
         return found
-    kernel = KERNELS.get(served.format)
+    kernel = kernels.get(served.format)
     for name in served.embeddings:
         note(name, [(RUNTIMES, "refuse", "coded embeddings are not read", "leave them float")])
     for name, parts in _units(served).items():

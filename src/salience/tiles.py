@@ -14,7 +14,7 @@ from salience.scheme import Scheme, fitting_group_sizes
 
 RUNTIMES = ("vllm", "sglang")
 _TILE_ROWS, _TILE_COLUMNS = 64, 128
-_TILE_GROUPS = frozenset((-1, 32, 64, 128))
+TILE_GROUPS = frozenset((-1, 32, 64, 128))
 _GEMM_GROUP = 32  # AutoAWQ's own kernel takes multiples of it
 _PACKED_ROWS = 8  # of AutoAWQ, in a word
 
@@ -57,7 +57,7 @@ class Part:
     @property
     def tiles(self) -> bool:
         """Whether the fast kernel of both runtimes, Marlin, takes its shape and groups."""
-        grouped = self.scheme.group_size in _TILE_GROUPS and not self.columns % self.group
+        grouped = self.scheme.group_size in TILE_GROUPS and not self.columns % self.group
         return grouped and not self.rows % _TILE_ROWS and not self.columns % _TILE_COLUMNS
 
 
@@ -74,7 +74,7 @@ def cut_remarks(part: Part, gpus: int) -> Iterator[Remark]:
     elif part.columns % part.group:
         size = int(part.group)
         each = f"{part.columns:.0f} inputs" + (f" on each of {gpus} GPUs" if gpus > 1 else "")
-        fit = [g for g in fitting_group_sizes({int(part.columns)}) if g in _TILE_GROUPS]
+        fit = [g for g in fitting_group_sizes({int(part.columns)}) if g in TILE_GROUPS]
         mends = [f"a group size of {fit[0]}"] if fit else []
         mends += [f"--pad-intermediate {size * gpus}"] if part.inner else []
         mend = f"use {' or '.join(mends or ['fewer GPUs'])}"
@@ -83,7 +83,7 @@ def cut_remarks(part: Part, gpus: int) -> Iterator[Remark]:
 
 def _untiled(part: Part) -> str:
     """Why Marlin does not take it."""
-    if part.scheme.group_size not in _TILE_GROUPS:
+    if part.scheme.group_size not in TILE_GROUPS:
         return f"group size {part.scheme.group_size}, where fast kernels know 32, 64 and 128"
     if part.rows % _TILE_ROWS:
         return f"{part.rows:.0f} outputs, no multiple of {_TILE_ROWS}"
@@ -92,7 +92,7 @@ def _untiled(part: Part) -> str:
 
 def _other(part: Part, otherwise: str) -> str:
     """The mend: of the group size where it is at fault."""
-    known = part.scheme.group_size in _TILE_GROUPS
+    known = part.scheme.group_size in TILE_GROUPS
     return otherwise if known else "use groups of 32, 64 or 128"
 
 

@@ -11,6 +11,7 @@ import typer
 
 from salience.cli import bench
 from salience.cli.chat import chat
+from salience.cli.doctor import doctor
 from salience.cli.evaluate import evaluate
 from salience.cli.models import convert, inspect
 from salience.cli.quantize import plan, quantize, report
@@ -27,6 +28,7 @@ app.command()(plan)
 app.command()(quantize)
 app.command()(convert)
 app.command()(inspect)
+app.command()(doctor)
 app.command("eval")(evaluate)
 app.command()(chat)
 app.command()(report)
