@@ -83,7 +83,7 @@ def test_exit(state: State) -> None:
 
 def test_save_and_load(state: State, tmp_path: Path) -> None:
     path = tmp_path / "a talk.json"
-    run(state, "/set stop [\"a b\", \"\\n\"]")
+    run(state, '/set stop ["a b", "\\n"]')
     assert run(state, f"/save {path}").text == f"2 turns are in {path}"
     before, sampling = state.session.talk, state.session.sampling
     written = json.loads(path.read_text(encoding="utf-8"))

@@ -124,12 +124,21 @@ class Program:
         self.wait(answer)
         self.ready()
 
-    def end(self) -> int:
+    def leave(self, *keys: str) -> int:
+        """The exit status that keys at the input line bring."""
+        self.ready()
+        self.send(*keys)
+        end = time.monotonic() + PATIENCE
+        while self.status is None:
+            assert time.monotonic() < end, self.text
+            self.read()
+        return self.status
+
+    def end(self) -> None:
         if self.status is None:
             os.kill(self.child, signal.SIGKILL)
             os.waitpid(self.child, 0)
         os.close(self.master)
-        return self.status if self.status is not None else -1
 
 
 @pytest.fixture
@@ -152,8 +161,10 @@ Start = Callable[..., Program]
 def saved(program: Program, path: Path) -> list[str]:
     """The texts of the talk, by /save."""
     path.unlink(missing_ok=True)
-    program.command(f"/save {path}", f"are in {path}"[:40])
+    program.ready()
+    program.send(f"/save {path}", ENTER)
     program.wait(path.exists)
+    program.ready()
     return [message["content"] for message in json.loads(path.read_text())["messages"]]
 
 
@@ -198,10 +209,7 @@ def test_a_talk(start: Start, tmp_path: Path) -> None:
     program.send(CTRL_C)
     program.wait("Ctrl-D or /exit leaves")
     program.ready()
-    program.send(CTRL_D)
-    while program.status is None:
-        program.read()
-    assert program.status == 0
+    assert program.leave(CTRL_D) == 0
 
 
 @pytest.mark.slow
@@ -226,10 +234,7 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(start: Start, tmp_path: Path)
     program.ready()
     asked, reply = saved(program, tmp_path / "a.json")
     assert asked == "go on" and reply
-    program.command("/exit", "/exit")
-    while program.status is None:
-        program.read()
-    assert program.status == 0
+    assert program.leave("/exit", ENTER) == 0
 
 
 @pytest.mark.slow
@@ -251,9 +256,7 @@ def test_completion_and_history(start: Start, tmp_path: Path) -> None:
         program.send(CTRL_C)
         program.wait(lambda: program.lines[program.screen.cursor.y] == ">")
     program.ask("remember", CTRL_J, "this")
-    program.send(CTRL_D)
-    while program.status is None:
-        program.read()
+    assert program.leave(CTRL_D) == 0
 
     file = tmp_path / "state" / "salience" / "chat_history"
     assert file.stat().st_mode & 0o777 == 0o600 and file.parent.stat().st_mode & 0o777 == 0o700

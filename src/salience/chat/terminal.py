@@ -129,6 +129,11 @@ class Terminal:
     def run(self) -> None:
         """Until /exit or Ctrl-D."""
         self._note(f"{self.state.model}; /help lists commands and keys")
+        # All the time, as a second Ctrl-C may come when the reply has just ended.
+        with _interrupts(self.state.session.stop):
+            self._loop()
+
+    def _loop(self) -> None:
         draft = ""
         while True:
             try:
@@ -159,7 +164,7 @@ class Terminal:
             return self._show(session.stream(line), line)
         outcome = run(self.state, line)
         if outcome.text:
-            self.console.print(Text(outcome.text, style="dim"), soft_wrap=True)
+            self._note(outcome.text)
         return self._show(session.again(), "") if outcome.retry else outcome
 
     def _show(self, pieces: Generator[tuple[str, str], None, None], line: str) -> Outcome:
@@ -170,8 +175,10 @@ class Terminal:
         if self.console.is_dumb_terminal:
             kind = StreamedText
         shown = None
-        with _no_echo(), _interrupts(session.stop), closing(pieces):
+        waiting = self.console.status(Text("reading", style="dim"))
+        with _no_echo(), closing(pieces), waiting:
             for thought, answer in pieces:
+                waiting.stop()
                 for style, piece in (("dim", thought), ("none", answer)):
                     if not piece:
                         continue
@@ -227,7 +234,7 @@ class Terminal:
             return InMemoryHistory()
 
     def _note(self, text: str) -> None:
-        self.console.print(Text(text, style="dim"), soft_wrap=True)
+        self.console.print(Text(text, style="dim"))
 
 
 @contextmanager
