@@ -205,3 +205,16 @@ def test_stats(state: State) -> None:
         "GiB",
     ):
         assert part in text
+
+
+def test_a_template_that_refuses(state: State, tmp_path: Path, llama: Path) -> None:
+    """At the command and not at the next reply, and the talk stays as it was."""
+    run(state, f"/save {tmp_path / 'with_system.json'}")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(llama)
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuses + tokenizer.chat_template
+    engine = Engine(state.session.engine.model, tokenizer, max_context=200)
+    other = State(Session(engine, Sampling(), Talk().said("a", "b")), "tiny")
+    for line in ("/system Be brief.", f"/load {tmp_path / 'with_system.json'}"):
+        assert "the chat template refuses these messages: no system" in refused(other, line)
+        assert other.session.talk == Talk().said("a", "b")

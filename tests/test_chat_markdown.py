@@ -1,7 +1,9 @@
+# ruff: noqa: RUF001
 """What a terminal shows of markdown that comes in pieces. The terminal is pyte's."""
 
 import io
 import re
+from itertools import pairwise
 
 import pyte
 import pytest
@@ -261,7 +263,7 @@ def test_plain_text() -> None:
 def test_lines_fit_and_join_to_the_text(text: str, width: int) -> None:
     at = [0, *breaks(text, width), len(text)]
     assert at == sorted(at) and len(set(at[1:-1])) == len(at[1:-1])
-    lines = [text[a:b] for a, b in zip(at, at[1:], strict=False)]
+    lines = [text[a:b] for a, b in pairwise(at)]
     assert all(cell_len(line.rstrip()) <= width for line in lines)
     assert "".join(lines) == text
 

@@ -242,11 +242,13 @@ def thinker(model: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Session]:
         "<|assistant|>{%", "<|assistant|><think>\n{%"
     )
     assert "<think>" in tokenizer.chat_template
-    session = Session(Engine(model, tokenizer, max_context=200), Sampling(max_new_tokens=8))
     text = "so\n</think>\n\nIt is 4."
+    pieces = [text[at : at + 3] for at in range(0, len(text), 3)]
+    session = Session(
+        Engine(model, tokenizer, max_context=200), Sampling(max_new_tokens=len(pieces))
+    )
     monkeypatch.setattr("salience.runtime.text.Detokenizer.push", lambda *_: pieces.pop(0))
     monkeypatch.setattr("salience.runtime.text.Detokenizer.flush", lambda _: "".join(pieces))
-    pieces = [text[at : at + 3] for at in range(0, len(text), 3)]
     yield session
 
 

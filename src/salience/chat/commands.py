@@ -122,7 +122,7 @@ def _system(state: State, argument: str) -> Outcome:
     session = state.session
     if not argument:
         return Outcome(f"system message: {session.talk.system or 'none'}")
-    session.talk = replace(session.talk, system=None if argument == "off" else argument)
+    session.take(replace(session.talk, system=None if argument == "off" else argument))
     note = "from the next reply on"
     return Outcome(f"no system message {note}" if argument == "off" else f"it holds {note}")
 
@@ -159,7 +159,8 @@ def _load(state: State, argument: str) -> Outcome:
     path = _path(argument)
     saved = load(path)
     session = state.session
-    session.talk, session.sampling = saved.talk, saved.sampling
+    session.take(saved.talk)
+    session.sampling = saved.sampling
     other = f", said with {saved.model}" if saved.model != state.model else ""
     return Outcome(
         f"{len(saved.talk.turns) // 2} turns{other}; {session.used} of {session.context} tokens"

@@ -30,11 +30,15 @@ from salience.chat.wrapping import WrappedText
 _FRAME_SECONDS = 0.05
 _SHARE = 10  # drawing takes at most one part in so many of the time
 _ERASE_DOWN = Segment("\x1b[0J", None, [(ControlType.CLEAR,)])
-# A terminal would obey control characters of a text; it is shown that they are there.
 _CONTROLS = {code: "\ufffd" for code in (*range(32), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 _CONTROLS[ord("\r")] = ""
 
 Line = list[Segment]
+
+
+def visible(text: str) -> str:
+    """A text that cannot steer a terminal: its control characters are replaced by U+FFFD."""
+    return text.translate(_CONTROLS)
 
 
 class _Paragraph(Paragraph):
@@ -117,7 +121,7 @@ class StreamedMarkdown:
 
     def push(self, piece: str) -> None:
         """Take more of the text, and draw it unless the last time was just now."""
-        self._pending += piece.translate(_CONTROLS)
+        self._pending += visible(piece)
         now = time.monotonic()
         if now >= self._next:
             self._draw(ended=False)
@@ -187,7 +191,7 @@ class StreamedText:
 
     def push(self, piece: str) -> None:
         """Print it."""
-        text = Text(piece.translate(_CONTROLS), style=self._style)
+        text = Text(visible(piece), style=self._style)
         self._console.print(text, end="", soft_wrap=True)
 
     def finish(self) -> None:

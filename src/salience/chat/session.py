@@ -78,10 +78,22 @@ class Session:
     def used(self) -> int:
         """How many it has. For a talk that was loaded or cut, this tokenizes it once."""
         if self._counted[0] is not self.talk:
-            messages = self.talk.messages()
-            count = len(self._encode(write(self.tokenizer, messages))) if self.talk.turns else 0
+            count = 0
+            if self.talk.turns:
+                count = len(self._encode(write(self.tokenizer, self.talk.messages())))
             self._counted = (self.talk, count)
         return self._counted[1]
+
+    def take(self, talk: Talk) -> None:
+        """Go on with another talk.
+
+        Raises:
+            SalienceError: the chat template refuses it; the talk is as it was.
+        """
+        write(self.tokenizer, talk.messages("x"))
+        if talk.turns:
+            write(self.tokenizer, talk.messages())
+        self.talk = talk
 
     def ask(self, text: str, on_text: Callable[[str], None] | None = None) -> Reply:
         """The whole reply, streamed to `on_text` without its thought; errors as of `stream`."""

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.text import Text
 
 from salience.chat.commands import COMMANDS, SETTINGS, Outcome, State, gib, run
-from salience.chat.markdown import StreamedMarkdown, StreamedText
+from salience.chat.markdown import StreamedMarkdown, StreamedText, visible
 from salience.errors import SalienceError
 from salience.monitor import memory
 
@@ -53,7 +53,8 @@ class _History(FileHistory):
 
     def store_string(self, string: str) -> None:
         # A terminal can send half a character, which has no form in UTF-8.
-        super().store_string(string.encode(errors="replace").decode())
+        with suppress(OSError):  # a full disk is no reason to end the talk
+            super().store_string(string.encode(errors="replace").decode())
 
 
 class _Completer(Completer):
@@ -214,7 +215,11 @@ class Terminal:
         reason = str(result.finish_reason)
         if reason == "length" and session.used >= session.context:
             reason = "context"
-        return " · ".join([*parts, _CUT[reason]] if reason in _CUT else parts)
+        if reason in _CUT:
+            parts.append(_CUT[reason])
+        elif not session.last.text:
+            parts.append("the answer is empty")
+        return " · ".join(parts)
 
     def _toolbar(self) -> StyleAndTextTuples:
         session = self.state.session
@@ -234,7 +239,7 @@ class Terminal:
             return InMemoryHistory()
 
     def _note(self, text: str) -> None:
-        self.console.print(Text(text, style="dim"))
+        self.console.print(Text(visible(text), style="dim"))
 
 
 @contextmanager

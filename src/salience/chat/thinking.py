@@ -23,7 +23,7 @@ def split(reply: str, inside: bool, ended: bool = False) -> tuple[str, str]:
         ended: whether nothing follows.
     """
     text = reply.lstrip()
-    if not ended and not inside and _OPEN.startswith(text):
+    if not ended and _OPEN.startswith(text):
         return "", ""
     if text.startswith(_OPEN):
         text = text[len(_OPEN) :]

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -114,7 +115,7 @@ def chat(
 
     with stderr.status("preparing"):
         session.engine.prepare(sampling)
-    name = model.rstrip("/").rpartition("/")[2] or model
+    name = Path(model).resolve().name if Path(model).exists() else model
     Terminal(State(session, name, markdown), history_file() if history else None).run()
 
 
