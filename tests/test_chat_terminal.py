@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import io
 import json
 import os
 import pty
@@ -18,6 +19,16 @@ from typing import Any
 
 import pyte
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+
+import salience
+from salience.chat.commands import State
+from salience.chat.session import Reply, Session
+from salience.chat.terminal import Terminal
+from salience.runtime import Engine, Sampling
 
 ENTER, TAB, CTRL_C, CTRL_D, CTRL_J, UP = "\r", "\t", "\x03", "\x04", "\n", "\x1b[A"
 PATIENCE = 60.0  # seconds, on a machine that others use
@@ -312,3 +323,31 @@ def test_no_terminal(llama: Path, tmp_path: Path) -> None:
             pass
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     assert b"a talk needs a terminal; give --prompt, or pipe the prompt in" in said
+
+
+def test_thoughts_are_dim_and_above_the_answer(
+    llama: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(Engine(salience.load(llama), tokenizer, max_context=64))
+    session.sampling = Sampling(max_new_tokens=1)
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=60, color_system="standard")
+
+    def pieces(text: str) -> Iterator[tuple[str, str]]:
+        yield "Two and ", ""
+        yield "two", ""
+        yield "", "It is **4**."
+        session.last = Reply("It is **4**.", "Two and two", session.engine.generate([[5]])[0])
+
+    monkeypatch.setattr(session, "stream", pieces)
+    with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):
+        keys.send_text("2 + 2?\r/exit\r")
+        Terminal(State(session, "tiny"), None, console).run()
+    screen = pyte.Screen(60, 20)
+    screen.set_mode(pyte.modes.LNM)
+    pyte.Stream(screen).feed(file.getvalue())
+    lines = [line.rstrip() for line in screen.display]
+    assert lines[0] == "tiny; /help lists commands and keys"
+    assert lines[1:6] == ["", "Two and two", "", "It is 4.", ""]
+    assert lines[6].startswith("first token ")
+    assert "\x1b[2mTwo and two" in file.getvalue() and "\x1b[2mIt is" not in file.getvalue()

@@ -155,8 +155,10 @@ class Session:
 
     def stop(self) -> None:
         """End the reply that is under way, from any thread or a signal's handler."""
-        if self._request is not None:
-            self._request.cancel()
+        # Taken first: a second signal within the first one's handler finds nothing to do.
+        request, self._request = self._request, None
+        if request is not None:
+            request.cancel()
 
     def _finish(self, text: str, prompt: str, request: Request, inside: bool) -> None:
         result = request.result()
