@@ -38,7 +38,10 @@ def salience(*args: object) -> dict[str, Any]:
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024);"
         "sys.exit(done.returncode)"
     )
-    done = subprocess.run([sys.executable, "-c", code, *command], stdout=subprocess.PIPE, text=True)
+    none = subprocess.DEVNULL
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command], stdin=none, stdout=subprocess.PIPE, text=True
+    )
     if done.returncode:
         sys.exit(done.returncode)
     printed, peak = done.stdout.strip().rsplit("\n", 1)

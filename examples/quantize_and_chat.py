@@ -6,7 +6,8 @@ python examples/quantize_and_chat.py smollm2-135m smollm2-w4
 import sys
 
 import salience
-from salience.chat.reply import reply
+from salience.chat.session import Session
+from salience.runtime import Engine
 from salience.source import open_source
 
 
@@ -17,8 +18,8 @@ def main(model: str, out: str, samples: int = 16, seqlen: int = 256) -> str:
     print(f"{report.bits_per_weight:.2f} bits a weight")
     print(f"largest error {worst.error:.1%} in {worst.name}")
 
-    quantized = salience.load(out)
-    answer = reply(quantized, open_source(out).tokenizer, "Name three primary colours.")
+    session = Session(Engine(salience.load(out), open_source(out).tokenizer))
+    answer = session.ask("Name three primary colours.")
     print(answer.text)
     return answer.text
 

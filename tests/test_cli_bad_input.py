@@ -51,6 +51,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], o
     def run(*args: object, status: int = 2) -> str:
         before = sorted(out.parent.rglob("*"))
         monkeypatch.setattr(sys, "argv", ["salience", *map(str, args)])
+        monkeypatch.setattr(sys, "stdin", None)  # nothing is piped in
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             main()

@@ -18,6 +18,7 @@ HEAVY = {
     "lm_eval",
     "accelerate",
     "gguf",
+    "prompt_toolkit",
     "rich",
     "typer",
     "datasets",

@@ -321,6 +321,7 @@ def test_the_command_says_one_line(
         ("chat", steered, "--prompt", "a"),
     ):
         monkeypatch.setattr(sys, "argv", ["salience", *map(str, command)])
+        monkeypatch.setattr(sys, "stdin", None)  # nothing is piped in
         with pytest.raises(SystemExit) as stop:
             main()
         stdout, stderr = capfd.readouterr()

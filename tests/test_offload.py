@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import salience
-from salience.chat.reply import reply
+from salience.chat.session import Session
 from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.linear import QuantLinear
 from salience.placement import OffloadFolder, Placement, input_device, main_device
+from salience.runtime import Engine, Sampling
 from salience.source import open_source
 from tiny_models import error, llama_config, logits, make_model, random_tokens, save
 from workshop import Workshop
@@ -160,7 +161,9 @@ def test_coded_embeddings_and_head_from_disk(llama: Path, tmp_path: Path) -> Non
 def test_generates_and_replies_from_disk(awq: Path, tmp_path: Path) -> None:
     tokenizer = open_source(str(awq)).tokenizer
     texts = [
-        reply(salience.load(awq, **options), tokenizer, "Python", max_new_tokens=6).text
+        Session(Engine(salience.load(awq, **options), tokenizer), Sampling(max_new_tokens=6))
+        .ask("Python")
+        .text
         for options in ({}, {"device_map": "disk", "offload_folder": tmp_path})
     ]
     assert texts[0] == texts[1]

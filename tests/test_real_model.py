@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import salience
 from salience.calibration import read_text
-from salience.chat.reply import reply
+from salience.chat.session import Session
 from salience.evaluation.perplexity import perplexity
 from salience.formats import AutoAwq
+from salience.runtime import Engine, Sampling
 from tiny_models import error
 
 # One worker quantizes the model, for all of these.
@@ -136,7 +137,7 @@ def test_reply_is_that_of_the_dequantized_model(awq: Made, dense: Any, tokenizer
     # Greedy text is one's own when each of its tokens is one's likeliest after those before it.
     likeliest = model(input_ids=ids[:, :-1], use_cache=False).logits[0, count - 1 :].argmax(-1)
     assert torch.equal(likeliest, ids[0, count:])
-    found = reply(model, tokenizer, PROMPT, max_new_tokens=6)
+    found = Session(Engine(model, tokenizer), Sampling(max_new_tokens=6)).ask(PROMPT)
     expected = tokenizer.decode(ids[0, count : count + 6], skip_special_tokens=True)
     assert found.text == expected
 

@@ -147,6 +147,7 @@ class Workshop:
                 save_seconds: between copies of hidden states that are in memory.
                 shard_bytes: of a shard of the checkpoint.
                 file_bytes: most that a file can be; writing more fails.
+                stdin: text that is piped in.
                 no_disk_check: leave out the comparison of what is needed with what is free.
         """
         assert self._process.stdin is not None
@@ -211,6 +212,11 @@ def _child(request: dict[str, Any], scratch: list[int]) -> None:
     from salience.plan import Budget
 
     os.chdir(request["cwd"])
+    piped = os.memfd_create("stdin")
+    os.write(piped, request.get("stdin", "").encode())
+    os.lseek(piped, 0, os.SEEK_SET)
+    os.dup2(piped, 0)
+    sys.stdin = os.fdopen(0, encoding="utf-8", closefd=False)
     os.dup2(scratch[0], 1)
     os.dup2(scratch[1], 2)
     if "on_disk" in request:

@@ -19,7 +19,28 @@ def encode(
     tools: Sequence[Mapping[str, Any]] | None = None,
     **values: Any,
 ) -> list[int]:
-    """The prompt's tokens for the next reply of the assistant.
+    """The prompt's tokens for the next reply of the assistant; arguments as of `write`.
+
+    Raises:
+        SalienceError: there are no messages, or the template refuses them.
+    """
+    text = write(tokenizer, messages, tools, **values)
+    return tokens_of(tokenizer, text)
+
+
+def tokens_of(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of what `write` wrote: a template has the special ones in its text."""
+    templated = tokenizer.chat_template is not None
+    return list(tokenizer(text, add_special_tokens=not templated)["input_ids"])
+
+
+def write(
+    tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    **values: Any,
+) -> str:
+    """The prompt's text for the next reply of the assistant.
 
     Without a template the messages' texts follow each other, an empty line between two.
 
@@ -30,28 +51,28 @@ def encode(
         values: further variables of the template, such as `enable_thinking`.
 
     Raises:
-        SalienceError: there are none, or the template refuses them.
+        SalienceError: there are no messages, or the template refuses them.
     """
     if not messages:
         raise SalienceError("there are no messages")
     if tokenizer.chat_template is None:
         if tools:
             raise SalienceError("the tokenizer has no chat template, so the model knows no tools")
-        text = "\n\n".join(str(message["content"] or "") for message in messages)
-        return list(tokenizer(text)["input_ids"])
+        return "\n\n".join(str(message["content"] or "") for message in messages)
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            tools=list(tools) if tools else None,
-            add_generation_prompt=True,
-            tokenize=False,
-            **values,
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tools=list(tools) if tools else None,
+                add_generation_prompt=True,
+                tokenize=False,
+                **values,
+            )
         )
     except (TemplateError, TypeError, KeyError) as error:
         raise SalienceError(f"the chat template refuses these messages: {error}") from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def defaults(model: Any, **changes: Any) -> Sampling:

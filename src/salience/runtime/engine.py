@@ -16,7 +16,7 @@ by one, and attention reads as much of the cache as is in use.
 
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -139,7 +139,7 @@ class Engine:
             self._queue.append(request)
         yield from self.events(request)
 
-    def events(self, request: Request) -> Iterator[Event]:
+    def events(self, request: Request) -> Generator[Event, None, None]:
         """The events of a submitted request, as they come. Closing the iterator ends it."""
         finished = False
         try:
