@@ -91,9 +91,11 @@ def evaluate(
     from salience.writer import write_json
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    if names or task_folder is not None:
-        from salience.evaluation.tasks import run_tasks  # which says early what is not installed
     words = read_text(text)
+    if names or task_folder is not None:
+        from salience.evaluation.tasks import check_tasks, run_tasks
+
+        check_tasks(names, task_folder, verbose)
     how = (device, device_map, max_memory, offload_folder, kernel, trust_remote_code)
     found: dict[str, Any] = {"model": model}
     seconds: dict[str, float] = {}

@@ -39,6 +39,18 @@ Progress = Callable[[str, int, int], None]
 _TALKERS = ("lm_eval", "datasets", "transformers", "evaluate", "accelerate", "huggingface_hub")
 
 
+def check_tasks(tasks: Sequence[str], folder: Path | None, verbose: bool = False) -> None:
+    """Find tasks and their data, for an error before hours of other work; as of `run_tasks`.
+
+    Raises:
+        SalienceError: no such task, or data that is not to be had.
+    """
+    with _quiet(verbose):
+        names, manager = _manager(tasks, folder)
+        with _task_errors(names):
+            manager.load(list(names))
+
+
 def run_tasks(
     model: Any,
     tokenizer: Any,
@@ -88,7 +100,7 @@ def run_tasks(
         if progress is not None:
             lm.set_cache_hook(cast(Any, _Counter(progress)))
             progress("reading the data", 0, 1)
-        try:
+        with _task_errors(names):
             found = simple_evaluate(
                 model=lm,
                 tasks=list(names),
@@ -97,10 +109,17 @@ def run_tasks(
                 limit=limit,
                 bootstrap_iters=0,
             )
-        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SalienceError(f"tasks {', '.join(names)}: {reason}") from error
     return _summary(found)
+
+
+@contextmanager
+def _task_errors(names: Sequence[str]) -> Iterator[None]:
+    """One line for what is wrong with a task or its data."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SalienceError(f"tasks {', '.join(names)}: {reason}") from error
 
 
 def _summary(found: Any) -> dict[str, Any]:
