@@ -116,6 +116,7 @@ LAYERS = {
     "salience.runtime.slots": 52,
     "salience.runtime.runner": 53,
     "salience.runtime.engine": 54,
+    "salience.runtime.timing": 55,
     "salience.runtime": 55,
     "salience.prepare": 58,
     "salience.pipeline": 60,
@@ -134,7 +135,13 @@ LAYERS = {
     "salience.chat.commands": 73,
     "salience.chat.terminal": 74,
     "salience.evaluation": 70,
-    "salience.evaluation.perplexity": 70,
+    "salience.evaluation.statistics": 70,
+    "salience.evaluation.gate": 71,
+    "salience.evaluation.parts": 70,
+    "salience.evaluation.scores": 71,
+    "salience.evaluation.perplexity": 72,
+    "salience.evaluation.speed": 70,
+    "salience.evaluation.tasks": 70,
     "salience.server": 72,
     "salience.bench": 60,
     "salience.bench.measure": 60,
@@ -188,7 +195,7 @@ WRAPPERS = {
     "accelerate": {"salience.placement", "salience.source"},
     "huggingface_hub": {"salience.source"},
     "gguf": {"salience.checkpoint", "salience.gguf_writer"},
-    "datasets": {"salience.calibration"},
+    "datasets": {"salience.calibration", "salience.evaluation.tasks"},
     "humming": {"salience.bench._humming"},
     "matplotlib": {"salience.plots", "salience.bench.plot"},
     "rich": {
@@ -226,7 +233,8 @@ WRAPPERS = {
     "markdown_it": {"salience.chat.markdown"},
     "ray": set(),
     "fastapi": set(),
-    "lm_eval": set(),
+    "lm_eval": {"salience.evaluation.tasks"},
+    "pynvml": {"salience.monitor"},
 }
 
 
