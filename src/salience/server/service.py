@@ -17,11 +17,16 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from salience.chat.prompt import defaults, encode
 from salience.errors import SalienceError
+from salience.placement import input_device
 from salience.runtime import Engine, Sampling, TokenLogprob
+from salience.runtime.limits import context
+from salience.server.capacity import default_batch
 from salience.server.errors import ApiError
 from salience.server.worker import Guide, Job, Piece, Stream, Watch, Worker
 
 _T = TypeVar("_T")
+# Between two steps of the running replies; a CPU needs a few hundred milliseconds for so many.
+_PREFILL_CHUNK = {True: 512, False: 256}
 
 
 class GuideMaker(Protocol):
@@ -100,6 +105,7 @@ class ChatJob:
         form: None for any text.
         tools: functions as OpenAI's chat completions write them.
         tool_choice: "auto", "none", "required" or {"type": "function", "function": {"name"}}.
+        parallel_tool_calls: whether a reply may have several calls.
         template: further variables of the chat template.
     """
 
@@ -109,6 +115,7 @@ class ChatJob:
     form: Form | None = None
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: Any = None
+    parallel_tool_calls: bool = True
     template: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -170,6 +177,30 @@ class ChatStream:
             if reason == "stop" and index in self._called:
                 reason = "tool_calls"
         return Delta(index, text, tuple(calls), tuple(piece.logprobs), reason)
+
+
+def make_engine(
+    model: Any,
+    tokenizer: Any,
+    max_context: int | None,
+    max_batch: int | None,
+    prefill_chunk: int | None,
+) -> Engine:
+    """The engine of a service, with its first steps prepared.
+
+    Args:
+        model: a Transformers causal language model.
+        tokenizer: of the model.
+        max_context: None for the model's own, at most 8192.
+        max_batch: None for what the memory allows.
+        prefill_chunk: tokens of prompts between two steps; None for the default.
+    """
+    tokens = context(model, max_context)
+    batch = max_batch or default_batch(model, tokens)
+    chunk = prefill_chunk or _PREFILL_CHUNK[input_device(model).type == "cuda"]
+    engine = Engine(model, tokenizer, max_context=tokens, max_batch=batch, prefill_chunk=chunk)
+    engine.prepare(defaults(model), defaults(model, temperature=0.7))
+    return engine
 
 
 class Service:
@@ -267,10 +298,18 @@ class Service:
                 param="messages",
                 code="context_length_exceeded",
             )
-        vocabulary = self.engine.model.config.get_text_config().vocab_size
-        if not all(0 <= token < vocabulary for token in job.prompt):
-            raise ApiError(f"tokens must be between 0 and {vocabulary - 1}", param="prompt")
+        self.check_tokens(job.prompt, "prompt")
         return self.worker.submit(job)
+
+    def check_tokens(self, tokens: Sequence[int], param: str) -> None:
+        """Refuse tokens that the model does not have.
+
+        Raises:
+            ApiError: 400.
+        """
+        vocabulary = self.engine.model.config.get_text_config().vocab_size
+        if not all(0 <= token < vocabulary for token in tokens):
+            raise ApiError(f"tokens must be between 0 and {vocabulary - 1}", param=param)
 
     async def chat(self, job: ChatJob) -> ChatStream:
         """Begin replies to messages.

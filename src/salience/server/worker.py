@@ -14,16 +14,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 from torch import Tensor
 
 from salience.errors import SalienceError
 from salience.runtime import Engine, Event, Request, Sampling, TokenLogprob
+from salience.runtime.reuse import same_text
 from salience.server.errors import ApiError
 
 _logger = logging.getLogger(__name__)
+_FAILURES = 3  # steps in a row
 _RATE_SECONDS = 5.0  # that `tokens_per_second` looks back
 
 State = Literal["ok", "draining", "failed"]
@@ -71,6 +73,13 @@ class Piece:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str | None = None
+
+    def add(self, other: "Piece") -> None:
+        """Join what comes after."""
+        self.text += other.text
+        self.tokens += other.tokens
+        self.logprobs += other.logprobs
+        self.finish_reason = other.finish_reason
 
 
 class Stream:
@@ -120,11 +129,13 @@ class Stream:
 
     def put(self, index: int, event: Event) -> None:
         """Take a step's result."""
-        piece = self._pending.setdefault(index, Piece(index))
-        piece.text += event.text
-        piece.tokens += event.tokens
-        piece.logprobs += event.logprobs
-        piece.finish_reason = event.finish_reason
+        ended = bool(event.tokens) and event.tokens[-1] in event.request.ends
+        logprobs = [] if ended else list(event.logprobs)  # the end is no part of the reply
+        piece = Piece(index, event.text, list(event.tokens), logprobs, event.finish_reason)
+        if index in self._pending:
+            self._pending[index].add(piece)
+        else:
+            self._pending[index] = piece
         self.completion_tokens += len(event.tokens)
         self.cached_tokens = max(self.cached_tokens, event.request.cached)
         self.left -= event.finish_reason is not None
@@ -168,6 +179,7 @@ class Worker:
         self._closing: deque[Stream] = deque()
         self._stopping = False
         self._replies: dict[Request, _Reply] = {}
+        self.cache_tokens = 0  # whose keys and values are kept
         self._rates: deque[tuple[float, int]] = deque()
         self._idle = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="salience-engine", daemon=True)
@@ -186,26 +198,23 @@ class Worker:
         Raises:
             ApiError: 503 while draining or after a failure, 429 when the queue is full.
         """
-        if self.state == "failed":
-            raise ApiError("the engine failed; the server must be started again", 503)
-        if self.state == "draining":
-            raise ApiError("the server is shutting down", 503, retry_after=5)
         if job.n > self.most:
             raise ApiError(f"n is {job.n}, this server makes {self.most} at most", param="n")
         if self.open + job.n > self.most:
             raise ApiError("too many requests are waiting; try again later", 429, retry_after=1)
+        stream = Stream(job, self._end)
+        with self._condition:  # with the state, so that none is left in the inbox at the end
+            if self.state != "ok":
+                raise _refusal(self.state)
+            self._inbox.append((stream, time.perf_counter()))
+            self._condition.notify()
         self.open += job.n
         self._idle.clear()
-        stream = Stream(job, self._end)
-        self._wake(self._inbox, (stream, time.perf_counter()))
         return stream
 
     def _end(self, stream: Stream) -> None:
-        self._wake(self._closing, stream)
-
-    def _wake(self, queue: deque[Any], item: Any) -> None:
         with self._condition:
-            queue.append(item)
+            self._closing.append(stream)
             self._condition.notify()
 
     async def drain(self, seconds: float) -> None:
@@ -215,14 +224,21 @@ class Worker:
         try:
             await asyncio.wait_for(self._idle.wait(), seconds)
         except asyncio.TimeoutError:
-            _logger.warning("ended %d unfinished replies", self.open)
+            _logger.warning("%d replies were not finished in %g s", self.open, seconds)
+            self.abandon()
+
+    def abandon(self) -> None:
+        """End everything after the step that runs."""
+        with self._condition:
+            self.state = "draining" if self.state == "ok" else self.state
+            self._stopping = True
+            self._condition.notify()
 
     async def stop(self) -> None:
         """End everything, and the thread."""
-        with self._condition:
-            self._stopping = True
-            self._condition.notify()
-        await asyncio.to_thread(self._thread.join)
+        self.abandon()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
 
     def _deliver(self, results: list[tuple[_Reply, Event | ApiError]]) -> None:
         for reply, result in results:
@@ -268,10 +284,10 @@ class Worker:
             except Exception:  # whatever it is, the server lives and says so
                 _logger.exception("a step of the engine failed")
                 failed += 1
-                if not self._recover() or failed > 2:
-                    self.state = "failed"
-                    self._refuse_all()
-                    return
+                if not self._recover() or failed >= _FAILURES:
+                    with self._condition:
+                        self.state = "failed"
+                    break
         self._refuse_all()
 
     def _take(self) -> bool:
@@ -293,23 +309,23 @@ class Worker:
 
     def _begin(self, stream: Stream, at: float) -> None:
         job = stream.job
+        prompt = same_text(self.engine.tokenizer, self.engine.held(), job.prompt)
+        if len(prompt) >= self.engine.max_context:
+            prompt = list(job.prompt)
         results: list[tuple[_Reply, Event | ApiError]] = []
         for index in range(job.n):
             reply = _Reply(stream, index, None, at)
             try:
                 reply.guide = None if job.guide is None else job.guide()
                 seeded = _seeded(job.sampling, index)
-                request = self.engine.submit(job.prompt, seeded, guided=reply.guide is not None)
+                request = self.engine.submit(prompt, seeded, guided=reply.guide is not None)
+                if reply.guide is not None:
+                    request.allow(reply.guide.mask())
             except SalienceError as error:
                 results.append((reply, ApiError(str(error))))
                 continue
             self._replies[request] = reply
-            self._guide(request, reply)
         self._hand_over(results)
-
-    def _guide(self, request: Request, reply: _Reply) -> None:
-        if reply.guide is not None:
-            request.allow(reply.guide.mask())
 
     def _step(self) -> None:
         events = self.engine.step()
@@ -318,16 +334,24 @@ class Worker:
         count = 0
         for event in events:
             request, count = event.request, count + len(event.tokens)
-            reply = self._replies[request]
             request.events.clear()
+            if request not in self._replies:
+                continue  # its guide failed
+            reply = self._replies[request]
             self._note(event, reply, now)
             results.append((reply, event))
             if request.finished:
                 del self._replies[request]
             elif reply.guide is not None:
-                for token in event.tokens:
-                    reply.guide.accept(token)
-                self._guide(request, reply)
+                try:
+                    for token in event.tokens:
+                        reply.guide.accept(token)
+                    request.allow(reply.guide.mask())
+                except SalienceError as error:
+                    request.cancel()
+                    del self._replies[request]
+                    results.append((reply, ApiError(str(error), 500)))
+        self.cache_tokens = self.engine.cache_tokens
         if count:
             self._rates.append((now, count))
             while now - self._rates[0][0] > _RATE_SECONDS:
@@ -362,9 +386,7 @@ class Worker:
         self._hand_over([(reply, error) for reply in replies.values()])
 
     def _refuse_all(self) -> None:
-        error = ApiError("the server is shutting down", 503)
-        if self.state == "failed":
-            error = ApiError("the engine failed; the server must be started again", 503)
+        error = _refusal(self.state)
         with self._condition:
             waiting, self._inbox = self._inbox, deque()
         results: list[tuple[_Reply, Event | ApiError]] = [
@@ -376,7 +398,11 @@ class Worker:
         self._fail(error)
 
 
-def _seeded(sampling: Sampling, index: int) -> Sampling:
-    from dataclasses import replace
+def _refusal(state: State) -> ApiError:
+    if state == "failed":
+        return ApiError("the engine failed; the server must be started again", 503)
+    return ApiError("the server is shutting down", 503, retry_after=5)
 
+
+def _seeded(sampling: Sampling, index: int) -> Sampling:
     return replace(sampling, seed=sampling.seed + index) if index else sampling
