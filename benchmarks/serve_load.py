@@ -30,7 +30,32 @@ import httpx
 
 from salience.machine import describe
 
-WORDS = ["river", "stone", "paper", "engine", "garden", "light", "winter", "number", "music", "letter", "bridge", "station", "island", "market", "forest", "window", "history", "science", "village", "machine", "question", "answer", "morning", "painter"]
+WORDS = [
+    "river",
+    "stone",
+    "paper",
+    "engine",
+    "garden",
+    "light",
+    "winter",
+    "number",
+    "music",
+    "letter",
+    "bridge",
+    "station",
+    "island",
+    "market",
+    "forest",
+    "window",
+    "history",
+    "science",
+    "village",
+    "machine",
+    "question",
+    "answer",
+    "morning",
+    "painter",
+]
 
 
 class Server:
