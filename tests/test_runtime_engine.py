@@ -571,3 +571,18 @@ def test_after_a_reset_nothing_of_the_cache_is_used(model: Any) -> None:
     assert all(each.finish_reason == "cancelled" for each in (first, *waiting))
     (result,) = engine.generate([prompt(20)], greedy(4))
     assert result.tokens == expected(model, prompt(20), 4) and result.cached_tokens == 0
+
+
+def test_replies_are_made_in_the_first_slots_and_talks_stay_in_the_cache(model: Any) -> None:
+    engine = Engine(model, max_batch=16, max_context=128)
+    talks = [prompt(40, seed=i) for i in range(6)]
+    for turn in range(3):
+        for i, talk in enumerate(talks):
+            request = engine.submit(talk, greedy(4))
+            while not engine.idle:
+                engine.step()
+            result = request.result()
+            assert request.slot == 0, "a step of one reply has one row"
+            assert result.tokens == expected(model, talk, 4)
+            assert result.cached_tokens >= (len(talk) - 6 if turn else 0)
+            talks[i] = [*talk, *result.tokens, *prompt(5, seed=10 * turn + i)]

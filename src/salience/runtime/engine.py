@@ -226,8 +226,16 @@ class Engine:
 
     def _admit(self) -> None:
         while self._queue and (placed := place(self._slots, self._queue[0].prompt)) is not None:
-            request, slot = self._queue.popleft(), placed.slot
-            if placed.source is not slot:
+            request, slot, spare = self._queue.popleft(), placed.slot, placed.spare
+            if spare is not None:
+                held = len(slot.tokens)
+                if spare is placed.source:
+                    self._runner.swap(slot.index, spare.index, max(held, placed.cached))
+                else:
+                    self._runner.copy(slot.index, spare.index, held)
+                spare.tokens, spare.used = slot.tokens, slot.used
+                self._runner.release(spare.index, held)
+            if placed.source not in (slot, spare):
                 self._runner.copy(placed.source.index, slot.index, placed.cached)
             self._clock += 1
             slot.request, slot.tokens, slot.used = request, [], self._clock
