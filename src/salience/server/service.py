@@ -298,7 +298,6 @@ class Service:
             raise ApiError(
                 f"this model's context is {self.context} tokens and the prompt has {count}, which "
                 "leaves no room for a reply; shorten it",
-                param="messages",
                 code="context_length_exceeded",
             )
         self.check_tokens(job.prompt, "prompt")
