@@ -558,3 +558,31 @@ def test_events_name_their_request(model: Any) -> None:
         own = [event for event in events if event.request is request]
         assert [token for event in own for token in event.tokens] == request.result().tokens
         assert list(request.events) == own
+
+
+def test_after_a_reset_nothing_of_the_cache_is_used(model: Any) -> None:
+    engine = Engine(model, max_batch=2, prefill_chunk=8)
+    first = engine.submit(prompt(20), greedy(4))
+    waiting = [engine.submit(prompt(12, seed=i), greedy(4)) for i in range(3)]
+    engine.step()
+    assert engine.cache_tokens == sum(len(held) for held in engine.held()) > 0
+    engine.reset()
+    assert engine.idle and engine.cache_tokens == 0 and engine.held() == [[], []]
+    assert all(each.finish_reason == "cancelled" for each in (first, *waiting))
+    (result,) = engine.generate([prompt(20)], greedy(4))
+    assert result.tokens == expected(model, prompt(20), 4) and result.cached_tokens == 0
+
+
+def test_replies_are_made_in_the_first_slots_and_talks_stay_in_the_cache(model: Any) -> None:
+    engine = Engine(model, max_batch=16, max_context=128)
+    talks = [prompt(40, seed=i) for i in range(6)]
+    for turn in range(3):
+        for i, talk in enumerate(talks):
+            request = engine.submit(talk, greedy(4))
+            while not engine.idle:
+                engine.step()
+            result = request.result()
+            assert request.slot == 0, "a step of one reply has one row"
+            assert result.tokens == expected(model, talk, 4)
+            assert result.cached_tokens >= (len(talk) - 6 if turn else 0)
+            talks[i] = [*talk, *result.tokens, *prompt(5, seed=10 * turn + i)]

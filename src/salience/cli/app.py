@@ -15,6 +15,7 @@ from salience.cli.doctor import doctor
 from salience.cli.evaluate import evaluate
 from salience.cli.models import convert, inspect
 from salience.cli.quantize import plan, quantize, report
+from salience.cli.serve import serve
 from salience.errors import SalienceError
 
 app = typer.Typer(
@@ -31,6 +32,7 @@ app.command()(inspect)
 app.command()(doctor)
 app.command("eval")(evaluate)
 app.command()(chat)
+app.command()(serve)
 app.command()(report)
 
 # The base of what typer raises for wrong options: click's, or in newer versions its own copy of it.

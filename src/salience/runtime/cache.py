@@ -172,6 +172,14 @@ class SlotCache(Cache):
             for buffer in (layer.keys, layer.values):
                 buffer[target, :, :tokens] = buffer[source, :, :tokens]
 
+    def swap(self, a: int, b: int, tokens: int) -> None:
+        """Exchange the first tokens of two slots."""
+        for layer in self._written():
+            for buffer in (layer.keys, layer.values):
+                before = buffer[a, :, :tokens].clone()
+                buffer[a, :, :tokens] = buffer[b, :, :tokens]
+                buffer[b, :, :tokens] = before
+
     def _written(self) -> list["SlotLayer"]:
         return [each for each in self.layers if isinstance(each, SlotLayer) and each.is_initialized]
 

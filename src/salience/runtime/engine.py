@@ -106,6 +106,17 @@ class Engine:
         return len(self._queue)
 
     @property
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values are kept, of replies and for later prompts."""
+        with self._lock:
+            return sum(slot.position for slot in self._slots)
+
+    def held(self) -> list[list[int]]:
+        """The tokens in each slot of the cache."""
+        with self._lock:
+            return [slot.held for slot in self._slots]
+
+    @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
         return not self._queue and self.free_slots == self.max_batch
@@ -220,8 +231,16 @@ class Engine:
 
     def _admit(self) -> None:
         while self._queue and (placed := place(self._slots, self._queue[0].prompt)) is not None:
-            request, slot = self._queue.popleft(), placed.slot
-            if placed.source is not slot:
+            request, slot, spare = self._queue.popleft(), placed.slot, placed.spare
+            if spare is not None:
+                held = len(slot.tokens)
+                if spare is placed.source:
+                    self._runner.swap(slot.index, spare.index, max(held, placed.cached))
+                else:
+                    self._runner.copy(slot.index, spare.index, held)
+                spare.tokens, spare.used = slot.tokens, slot.used
+                self._runner.release(spare.index, held)
+            if placed.source not in (slot, spare):
                 self._runner.copy(placed.source.index, slot.index, placed.cached)
             self._clock += 1
             slot.request, slot.tokens, slot.used = request, [], self._clock
@@ -302,6 +321,18 @@ class Engine:
                 if request.finished:
                     self._release(request)
         return events
+
+    def reset(self) -> None:
+        """End all requests and forget what is in the cache, after a step that raised."""
+        with self._lock:
+            for request in [*self._queue, *(slot.request for slot in self._slots)]:
+                if request is not None:
+                    request.cancel()
+            self._end_cancelled()
+            self._unread.clear()
+            for slot in self._slots:
+                slot.tokens = []
+                self._runner.release(slot.index, 0)
 
     def _end_cancelled(self) -> list[Event]:
         """Take cancelled requests out of their slots and the queue."""

@@ -131,6 +131,11 @@ class Runner:
         if isinstance(self.step, Step):
             self.step.cache.copy(source, target, tokens)
 
+    def swap(self, a: int, b: int, tokens: int) -> None:
+        """Exchange the first tokens of two slots."""
+        if isinstance(self.step, Step):
+            self.step.cache.swap(a, b, tokens)
+
     def pause(self, slot: int) -> None:
         """No more tokens for a slot."""
         self._active[slot].fill_(False)
