@@ -108,7 +108,7 @@ def serve(
     from salience.server.app import guide_maker, make_app, more_routers, tool_maker
     from salience.server.guard import Limits
     from salience.server.metrics import Metrics
-    from salience.server.run import bound, run
+    from salience.server.run import bound, make_server
     from salience.server.service import Service, make_engine
 
     _log(access_log)
@@ -133,13 +133,8 @@ def serve(
         address, number = sock.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         text = f"{made.max_batch} replies at once of {made.max_context} tokens each"
-        run(
-            app,
-            service,
-            sock,
-            drain_seconds,
-            ready=lambda: show_serving(name, f"http://{shown}:{number}", text, key is not None),
-        )
+        show_serving(name, f"http://{shown}:{number}", text, key is not None)
+        make_server(app, service, drain_seconds).run(sockets=[sock])
 
 
 def _name(model: str) -> str:

@@ -6,7 +6,6 @@ left ends, the sockets close, and the process. A second signal ends it at once.
 
 import asyncio
 import socket
-from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -19,7 +18,7 @@ _BACKLOG = 2048
 _CLOSING_SECONDS = 2  # for answers on their way, after the replies have ended
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's, which drains at the first signal."""
 
     def __init__(self, config: uvicorn.Config, service: Service, seconds: float) -> None:
@@ -34,7 +33,11 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._loop is None:
+        self.drain()
+
+    def drain(self) -> None:
+        """End it; called again, at once. From any thread."""
+        if self._loop is None or self._loop.is_closed():
             self.should_exit = True
         else:
             self._loop.call_soon_threadsafe(self._drain)
@@ -70,21 +73,13 @@ def bound(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(
-    app: Any,
-    service: Service,
-    sock: socket.socket,
-    drain_seconds: float = 30.0,
-    ready: Callable[[], None] | None = None,
-) -> None:
-    """Serve until a signal comes.
+def make_server(app: Any, service: Service, drain_seconds: float = 30.0) -> Server:
+    """A server whose `run(sockets=[...])` returns when a signal, or `drain`, has ended it.
 
     Args:
         app: of `make_app`.
         service: the app's.
-        sock: of `bound`.
         drain_seconds: that running replies may take after the signal.
-        ready: called when it listens.
     """
     config = uvicorn.Config(
         app,
@@ -96,7 +91,4 @@ def run(
         timeout_graceful_shutdown=_CLOSING_SECONDS,
         ws="none",
     )
-    server = _Server(config, service, drain_seconds)
-    if ready is not None:
-        ready()
-    server.run(sockets=[sock])
+    return Server(config, service, drain_seconds)

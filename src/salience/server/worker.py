@@ -277,8 +277,10 @@ class Worker:
 
     def _run(self) -> None:
         failed = 0
-        while self._take():
+        while True:
             try:
+                if not self._take():
+                    break
                 self._step()
                 failed = 0
             except Exception:  # whatever it is, the server lives and says so
@@ -308,24 +310,31 @@ class Worker:
         return True
 
     def _begin(self, stream: Stream, at: float) -> None:
-        job = stream.job
-        prompt = same_text(self.engine.tokenizer, self.engine.held(), job.prompt)
-        if len(prompt) >= self.engine.max_context:
-            prompt = list(job.prompt)
         results: list[tuple[_Reply, Event | ApiError]] = []
-        for index in range(job.n):
+        for index in range(stream.job.n):
             reply = _Reply(stream, index, None, at)
             try:
-                reply.guide = None if job.guide is None else job.guide()
-                seeded = _seeded(job.sampling, index)
-                request = self.engine.submit(prompt, seeded, guided=reply.guide is not None)
-                if reply.guide is not None:
-                    request.allow(reply.guide.mask())
+                self._replies[self._request(stream.job, reply)] = reply
             except SalienceError as error:
                 results.append((reply, ApiError(str(error))))
-                continue
-            self._replies[request] = reply
+            except Exception:  # of this request alone; the others go on
+                _logger.exception("a request could not begin")
+                results.append((reply, ApiError("the request could not begin", 500)))
         self._hand_over(results)
+
+    def _request(self, job: Job, reply: _Reply) -> Request:
+        engine = self.engine
+        prompt = same_text(engine.tokenizer, engine.held(), job.prompt)
+        if len(prompt) >= engine.max_context:
+            prompt = list(job.prompt)
+        sampling = replace(job.sampling, seed=job.sampling.seed + reply.index)
+        if job.guide is None:
+            return engine.submit(prompt, sampling)
+        reply.guide = job.guide()
+        mask = reply.guide.mask()
+        request = engine.submit(prompt, sampling, guided=True)
+        request.allow(mask)
+        return request
 
     def _step(self) -> None:
         events = self.engine.step()
@@ -340,7 +349,7 @@ class Worker:
             reply = self._replies[request]
             self._note(event, reply, now)
             results.append((reply, event))
-            if request.finished:
+            if event.finish_reason:
                 del self._replies[request]
             elif reply.guide is not None:
                 try:
@@ -402,7 +411,3 @@ def _refusal(state: State) -> ApiError:
     if state == "failed":
         return ApiError("the engine failed; the server must be started again", 503)
     return ApiError("the server is shutting down", 503, retry_after=5)
-
-
-def _seeded(sampling: Sampling, index: int) -> Sampling:
-    return replace(sampling, seed=sampling.seed + index) if index else sampling
