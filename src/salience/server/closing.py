@@ -44,6 +44,7 @@ class Vocabulary:
         self._tokens = {text: token for token, text in enumerate(texts) if text}
         self._longest = max(map(len, self._tokens), default=0)
         self.ending = self.only(sorted(ends))
+        self.controls = self.only([i for i, text in enumerate(texts) if text and min(text) < 32])
         self.digits = self.only([i for i, text in enumerate(texts) if text[:1].isdigit()])
 
     def only(self, tokens: Sequence[int]) -> Tensor:

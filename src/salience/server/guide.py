@@ -28,7 +28,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from salience.errors import SalienceError
@@ -80,7 +79,9 @@ class Guides:
                 tokenizer, vocab_size=max(size, len(tokenizer))
             )
         except (ValueError, RuntimeError, AttributeError) as error:
-            raise SalienceError(f"no guided replies with this tokenizer: {_reason(error)}") from None
+            raise SalienceError(
+                f"no guided replies with this tokenizer: {_reason(error)}"
+            ) from None
         texts = [bytes(text) for text in info.decoded_vocab]
         special = set(tokenizer.all_special_ids)
         added = tokenizer.added_tokens_decoder
@@ -113,10 +114,11 @@ class Guides:
                 json.dumps(normalized(schema)), strict_mode=strict, **_ONE_LINE
             ),
             "the JSON schema",
+            json_only=True,
         )
 
     def regex(self, pattern: str) -> "Guide":
-        """Text that a regular expression matches as a whole.
+        """Text that a regular expression matches as a whole; a dot is a line end, too.
 
         Raises:
             SalienceError: it is wrong, too large, or has what xgrammar does not know.
@@ -168,7 +170,12 @@ class Guides:
         return {name: self._with_grammars(part) for name, part in form.items()}
 
     def _guide(
-        self, key: str, make: Callable[[], Any], name: str, ends: bool = True
+        self,
+        key: str,
+        make: Callable[[], Any],
+        name: str,
+        ends: bool = True,
+        json_only: bool = False,
     ) -> "Guide":
         compiled = self._cached(key)
         if compiled is None:
@@ -176,10 +183,10 @@ class Guides:
                 compiled = make()
             except (RuntimeError, ValueError) as error:
                 raise SalienceError(f"{name} is refused: {_reason(error)}") from None
-            if not _allows_any(Guide(self._xgrammar, compiled, self.vocabulary, ends).mask()):
+            if not Guide(self._xgrammar, compiled, self.vocabulary, ends, json_only).possible:
                 raise SalienceError(f"{name} allows no answer at all")
             self._keep(key, compiled)
-        return Guide(self._xgrammar, compiled, self.vocabulary, ends)
+        return Guide(self._xgrammar, compiled, self.vocabulary, ends, json_only)
 
     def _cached(self, key: str) -> Any:
         with self._lock:
@@ -201,12 +208,15 @@ class Guides:
 class Guide:
     """What one reply may say. Made by `Guides`."""
 
-    def __init__(self, xgrammar: Any, compiled: Any, vocabulary: Vocabulary, ends: bool) -> None:
+    def __init__(
+        self, xgrammar: Any, compiled: Any, vocabulary: Vocabulary, ends: bool, json_only: bool
+    ) -> None:
         self._xgrammar = xgrammar
         self._compiled = compiled
         self._vocabulary = vocabulary
         self._ends = ends  # whether it must be whole at the end, even where it may go on
         self._matcher = xgrammar.GrammarMatcher(compiled)
+        self._json = json_only
         self._digits = 0  # in a row, at the end of the text
         self._forced: list[int] | None = None  # tokens that end it
         self._margin: int | None = None  # tokens that are kept for what one may cost at the end
@@ -215,7 +225,14 @@ class Guide:
 
     def fresh(self) -> "Guide":
         """A guide for another reply of the same form."""
-        return Guide(self._xgrammar, self._compiled, self._vocabulary, self._ends)
+        return Guide(self._xgrammar, self._compiled, self._vocabulary, self._ends, self._json)
+
+    @property
+    def possible(self) -> bool:
+        """Whether any token can follow."""
+        words = self._xgrammar.allocate_token_bitmask(1, self._vocabulary.size).zero_()
+        self._matcher.fill_next_token_bitmask(words)
+        return _allows_any(words)
 
     @property
     def finished(self) -> bool:
@@ -239,6 +256,8 @@ class Guide:
             return self._vocabulary.only([self._forced[0]])
         self._matcher.fill_next_token_bitmask(words)
         allowed = words[0]
+        if self._json:  # which xgrammar forgets in strings with a length
+            allowed = allowed & ~self._vocabulary.controls
         if self._digits >= _DIGITS:
             shorter = allowed & ~self._vocabulary.digits
             if _allows_any(shorter):
@@ -271,7 +290,8 @@ class Guide:
         self._failed = 0
         needed = len(tokens) + 1  # the end is a token, too
         if self._margin is None:
-            self._margin = min(needed + 8, max(left // 4, 2))
+            # The most that a token may cost is about what a whole answer does: a recursion.
+            self._margin = min(needed + needed // 4 + 8, max(left // 3, 2))
         if not tokens:
             # It may end here. What goes on freely is not made to, but for its last token.
             if self._ends and left <= 1:

@@ -38,7 +38,9 @@ _OF_TYPE = {
         "properties", "required", "additionalProperties", "patternProperties", "minProperties",
         "maxProperties", "propertyNames", "unevaluatedProperties",
     },
-    "array": {"items", "prefixItems", "minItems", "maxItems", "unevaluatedItems", "additionalItems"},
+    "array": {
+        "items", "prefixItems", "minItems", "maxItems", "unevaluatedItems", "additionalItems",
+    },
     "string": {"minLength", "maxLength", "pattern", "format"},
     "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
 }  # fmt: skip
@@ -187,7 +189,9 @@ class _Rewriter:
             out["additionalProperties"] = self.rewrite(others, place, depth + 1)
         # The same name twice counts as two for the grammar.
         if others is not False and out.get("minProperties", 0) > len(required):
-            raise SalienceError(f"{where} has 'minProperties', which is not supported; use required")
+            raise SalienceError(
+                f"{where} has 'minProperties', which is not supported; use required"
+            )
 
     def _patterns(self, patterns: Any, known: Mapping[str, Any], where: str, depth: int) -> None:
         for pattern in patterns if isinstance(patterns, Mapping) else ():
@@ -205,6 +209,9 @@ class _Rewriter:
             if "additionalItems" in out:
                 out["items"] = out["additionalItems"]
         out.pop("additionalItems", None)
+        # Of items that it does not tell of the grammar has none.
+        if out.get("minItems", 0) > len(out.get("prefixItems", ())) or "prefixItems" not in out:
+            out.setdefault("items", {})
         for key in ("items", "unevaluatedItems"):
             if out.get(key, False) is not False:
                 out[key] = self.rewrite(out[key], f"{where}.{key}", depth + 1)
@@ -218,7 +225,9 @@ class _Rewriter:
             raise SalienceError(f"{where} has a length that is no whole number")
         # xgrammar takes no lengths beside these two.
         if counts and "pattern" in out:
-            raise SalienceError(f"{where} has a pattern and a length; say the length by the pattern")
+            raise SalienceError(
+                f"{where} has a pattern and a length; say the length by the pattern"
+            )
         if counts:
             out.pop("format", None)
             self._count((counts.get("minLength", 0), counts.get("maxLength", 0)))
@@ -264,7 +273,9 @@ class _Rewriter:
             elif key == "allOf" and isinstance(value, list):
                 out[key] = [*out[key], *value]
             else:
-                raise SalienceError(f"{where} says {key!r} twice, which is not supported; say it once")
+                raise SalienceError(
+                    f"{where} says {key!r} twice, which is not supported; say it once"
+                )
         return out
 
     def resolve(self, reference: Any, where: str) -> Any:
@@ -350,6 +361,9 @@ def check_regex(pattern: Any) -> None:
         raise SalienceError(f"a regex must be text, not {_shown(pattern)}")
     if len(pattern) > _MAX_PATTERN:
         raise SalienceError(f"a regex has {len(pattern)} characters, at most {_MAX_PATTERN}")
+    unknown = re.search(r"\(\?(?![:P<]|<\w)|\(\?<[=!]|\\[bBpPkAZ1-9]", pattern.replace("\\\\", ""))
+    if unknown:
+        raise SalienceError(f"a regex has {unknown[0]!r}, which is not supported")
     if _depth(pattern, "(", ")") > _MAX_GROUPS:
         raise SalienceError(f"a regex has more than {_MAX_GROUPS} groups inside each other")
     if _counted(pattern) > MAX_COUNTED:

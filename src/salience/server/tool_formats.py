@@ -4,7 +4,7 @@
 |---|---|
 | tags | `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, each its own (Hermes, Qwen) |
 | list | `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]` (Mistral) |
-| bare | `{"name": ..., "parameters": {...}}` and nothing else, maybe after `<|python_tag|>` (Llama) |
+| bare | `{"name": ..., "parameters": {...}}` alone, maybe after `<|python_tag|>` (Llama) |
 
 A template that writes none of these gets the first one, and a plain instruction.
 """
@@ -43,9 +43,7 @@ class ToolFormat:
 
 
 TAGS = ToolFormat("tags", "<tool_call>", "<tool_call>\n", "\n</tool_call>")
-LIST = ToolFormat(
-    "list", "[TOOL_CALLS]", "[TOOL_CALLS]", opening="[", between=", ", closing="]"
-)
+LIST = ToolFormat("list", "[TOOL_CALLS]", "[TOOL_CALLS]", opening="[", between=", ", closing="]")
 BARE = ToolFormat("bare", "<|python_tag|>", "", arguments="parameters", between="; ")
 # A template may have the signs of several: of `<tool_call>` in one of `[TOOL_CALLS]`, say.
 FORMATS = (LIST, TAGS, BARE)

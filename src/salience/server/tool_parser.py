@@ -21,7 +21,7 @@ _BARE = tuple(
     for start in ('{"name":', '{"type":"function"', '{"function":{', '[{"name":')
 )
 _WORDS = ("true", "false", "null", "NaN", "Infinity", "-Infinity")
-_DECODER = json.JSONDecoder()
+_DECODER = json.JSONDecoder(strict=False)
 _NAMED = re.compile(r"\s*([\w.-]{1,64})(?:\[CALL_ID\]\w*)?(?:\[ARGS\])?(?=\{)")
 
 
