@@ -312,7 +312,7 @@ def test_hostile_regexes_and_grammars() -> None:
     for ebnf in ("root ::= " + "(" * 100 + ")" * 100, "x" * 70_000, "nothing", 'root ::= "a'):
         with pytest.raises(SalienceError, match="grammar"):
             GUIDES.grammar(ebnf)
-    with pytest.raises(SalienceError, match="the regex is refused: Unclosed|the regex"):
+    with pytest.raises(SalienceError, match="the regex is refused"):
         GUIDES.regex("[")
     left_recursive = GUIDES.grammar('root ::= root "a" | "b"')
     assert [TEXTS[token] for token in allowed(left_recursive.mask())] == [b"b"]

@@ -50,7 +50,7 @@ _KNOWN = {"type", "enum", "const", "$ref", "allOf", *_CHOICES, "$defs", "definit
     *_OF_TYPE.values()
 )
 _FALSE_IS_FINE = {"uniqueItems": False}
-_PYTHON = {
+_PYTHON: dict[str, Any] = {
     "object": dict, "array": list, "string": str, "number": (int, float), "integer": int,
     "boolean": bool, "null": type(None),
 }  # fmt: skip

@@ -131,7 +131,7 @@ class Tools:
             }
             for name, schema in self.functions.items()
         ]
-        several = {
+        several: dict[str, Any] = {
             "type": "tags_with_separator",
             "tags": calls,
             "separator": form.between,
