@@ -206,7 +206,9 @@ class Run:
         self.guides = guides
         self.mask_seconds: list[float] = []
 
-    def answers(self, jobs: list[tuple[list[int], Any, Sampling]]) -> list[Request]:
+    def answers(
+        self, jobs: list[tuple[list[int], Any, Sampling]]
+    ) -> list[tuple[Request, Guide | None]]:
         """The finished requests, in order."""
         found: list[tuple[Request, Guide | None]] = []
         for prompt, schema, sampling in jobs:
@@ -223,7 +225,7 @@ class Run:
                 for token in event.tokens:
                     guide.accept(token)
                 self.allow(event.request, guide)
-        return [request for request, _ in found]
+        return found
 
     def allow(self, request: Request, guide: Guide | None) -> None:
         """The mask of the next token."""
@@ -276,10 +278,10 @@ def main() -> None:
             "task": name,
             "tokens": len(request.tokens),
             "fault": fault(request.text, schema),
-            "near_limit": len(request.tokens) >= 0.8 * options.max_tokens,
+            "closed": guide is not None and guide.closed,
             "text": request.text,
         }
-        for name, request, (_, schema, _) in zip(names, done, jobs, strict=True)
+        for name, (request, guide), (_, schema, _) in zip(names, done, jobs, strict=True)
     ]
     masks = sorted(run.mask_seconds)
     result = {
@@ -288,8 +290,8 @@ def main() -> None:
         "temperature": options.temperature,
         "valid": sum(answer["fault"] is None for answer in answers),
         "answers": len(answers),
-        "near_limit": sum(bool(answer["near_limit"]) for answer in answers),
-        "tokens": sum(len(request.tokens) for request in done),
+        "closed": sum(bool(answer["closed"]) for answer in answers),
+        "tokens": sum(len(request.tokens) for request, _ in done),
         "seconds": round(seconds, 2),
         "compile_seconds": round(compiled, 3),
         "mask_ms_median": round(1e3 * masks[len(masks) // 2], 4) if masks else None,
@@ -298,13 +300,13 @@ def main() -> None:
         "salience": salience.__version__,
         "texts": answers,
     }
-    print(f"{'task':12}{'valid':>8}{'near limit':>12}{'tokens':>8}")
+    print(f"{'task':12}{'valid':>8}{'closed':>12}{'tokens':>8}")
     for name, _, _ in TASKS:
         own = [answer for answer in answers if answer["task"] == name]
         if own:
             valid = sum(answer["fault"] is None for answer in own)
-            near = sum(bool(answer["near_limit"]) for answer in own)
-            tokens = sum(len(r.tokens) for r, n in zip(done, names, strict=True) if n == name)
+            near = sum(bool(answer["closed"]) for answer in own)
+            tokens = sum(len(r.tokens) for (r, _), n in zip(done, names, strict=True) if n == name)
             print(f"{name:12}{valid:>4}/{len(own):<3}{near:>12}{tokens / len(own):>8.0f}")
     for answer in answers:
         if answer["fault"]:

@@ -235,6 +235,11 @@ class Guide:
         return _allows_any(words)
 
     @property
+    def closed(self) -> bool:
+        """Whether it was made to end, as its tokens were running out."""
+        return self._forced is not None
+
+    @property
     def finished(self) -> bool:
         """Whether the reply has ended as it must."""
         return bool(self._matcher.is_terminated())
