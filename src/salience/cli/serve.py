@@ -105,6 +105,7 @@ def serve(
     if missing:
         raise SalienceError(f"serve needs {missing[0]}: pip install 'salience[serve]'")
 
+    from salience.runtime.limits import end_tokens
     from salience.server.app import guide_maker, make_app, more_routers, tool_maker
     from salience.server.guard import Limits
     from salience.server.metrics import Metrics
@@ -125,7 +126,7 @@ def serve(
             name,
             queue=queue,
             watch=metrics,
-            guides=guide_maker(tokenizer, vocabulary),
+            guides=guide_maker(tokenizer, vocabulary, end_tokens(loaded, tokenizer)),
             tools=tool_maker(),
         )
         limits = Limits(api_key=key, body_bytes=max_body)

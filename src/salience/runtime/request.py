@@ -81,7 +81,11 @@ class Request:
         self.launched = 0  # tokens of the reply that the device was told to make
         self.events: deque[Event] = deque()
         self._cancelled = threading.Event()
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, self.prompt)
+        self._detokenizer = (
+            None
+            if tokenizer is None
+            else Detokenizer(tokenizer, self.prompt, sampling.skip_special_tokens)
+        )
         self._stops = StopStrings(sampling.stop)
         self._times = [time.perf_counter()]
 

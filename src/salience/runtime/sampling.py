@@ -39,6 +39,7 @@ class Sampling:
         stop: texts that end the reply and are no part of it.
         stop_token_ids: tokens that end it, beside the model's own.
         ignore_eos: go on after the model's own.
+        skip_special_tokens: leave them out of the text. Some models mark tool calls by them.
         logprobs: the log probabilities of the tokens, and of as many likeliest ones beside;
             None for none at all.
 
@@ -58,6 +59,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
 
     def __post_init__(self) -> None:

@@ -13,15 +13,19 @@ _UNFINISHED = "\ufffd"
 
 
 class Detokenizer:
-    """The text of a growing list of tokens. Special tokens have none.
+    """The text of a growing list of tokens.
 
     Args:
         tokenizer: of Transformers; only its `decode` is used.
         prompt: the tokens before.
+        skip_special_tokens: whether special tokens have no text.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Any, prompt: Sequence[int] = (), skip_special_tokens: bool = True
+    ) -> None:
         self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
         self._tokens = list(prompt[-_CONTEXT:])
         self._known = self._decode()  # the text of the tokens that were given out
         if self._known.endswith(_UNFINISHED):
@@ -32,7 +36,7 @@ class Detokenizer:
         if not self._tokens:
             return ""
         text = self._tokenizer.decode(
-            self._tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            self._tokens, skip_special_tokens=self._skip, clean_up_tokenization_spaces=False
         )
         return str(text)
 

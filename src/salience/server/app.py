@@ -5,7 +5,7 @@ itself is at `/openapi.json`.
 """
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from http import HTTPStatus
@@ -223,11 +223,11 @@ def more_routers(service: Service) -> list[APIRouter]:
     return made
 
 
-def guide_maker(tokenizer: Any, vocabulary_size: int) -> Any:
+def guide_maker(tokenizer: Any, vocabulary_size: int, ends: Collection[int]) -> Any:
     """What makes guides, where there is any."""
     if not find_spec("salience.server.guide"):
         return None
-    return import_module("salience.server.guide").Guides(tokenizer, vocabulary_size)
+    return import_module("salience.server.guide").Guides(tokenizer, vocabulary_size, ends)
 
 
 def tool_maker() -> Any:

@@ -23,6 +23,7 @@ from salience.runtime import Engine, Sampling, TokenLogprob
 from salience.runtime.limits import context
 from salience.server.capacity import default_batch
 from salience.server.errors import ApiError
+from salience.server.tools import templated
 from salience.server.worker import Guide, Job, Piece, Stream, Watch, Worker
 
 _T = TypeVar("_T")
@@ -78,13 +79,17 @@ class ToolUse(Protocol):
     @property
     def template_tools(self) -> Sequence[Mapping[str, Any]] | None: ...
 
+    def messages(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]: ...
+
+    def sampling(self, sampling: Sampling) -> Sampling: ...
+
     def guide(self, guides: Any) -> Guide | None: ...
 
-    def parser(self) -> ToolParser: ...
+    def parser(self, prompt: Sequence[int] = ()) -> ToolParser: ...
 
 
-# `Tools.of(tokenizer, tools, tool_choice)`.
-ToolMaker = Callable[[Any, Sequence[Mapping[str, Any]], Any], ToolUse | None]
+# `Tools.of(tokenizer, tools, tool_choice, parallel)`.
+ToolMaker = Callable[[Any, Sequence[Mapping[str, Any]], Any, bool], ToolUse | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +154,11 @@ class ChatStream:
 
     def __init__(self, stream: Stream, tools: ToolUse | None) -> None:
         self.stream = stream
-        self._parsers = {} if tools is None else {i: tools.parser() for i in range(stream.job.n)}
+        self._parsers = (
+            {}
+            if tools is None
+            else {i: tools.parser(stream.job.prompt) for i in range(stream.job.n)}
+        )
         self._called: set[int] = set()
 
     async def __aenter__(self) -> "ChatStream":
@@ -325,12 +334,16 @@ class Service:
                 message = f"{name!r} is no variable that a request may set"
                 raise ApiError(message, param="chat_template_kwargs")
         tools = await self._use(job)
-        wanted = None if tools is None else tools.template_tools
-        prompt = await self.apart(
-            lambda: encode(self.tokenizer, job.messages, wanted, **job.template)
-        )
+        prompt = await self.apart(lambda: self._prompt(job, tools))
         guide = await self._guide(job, tools)
-        return ChatStream(await self.complete(Job(prompt, job.sampling, job.n, guide)), tools)
+        sampling = job.sampling if tools is None else tools.sampling(job.sampling)
+        return ChatStream(await self.complete(Job(prompt, sampling, job.n, guide)), tools)
+
+    def _prompt(self, job: ChatJob, tools: ToolUse | None) -> list[int]:
+        if tools is None:
+            return encode(self.tokenizer, templated(self.tokenizer, job.messages), **job.template)
+        messages = tools.messages(job.messages)
+        return encode(self.tokenizer, messages, tools.template_tools, **job.template)
 
     async def _use(self, job: ChatJob) -> ToolUse | None:
         make = self._tools
@@ -338,7 +351,9 @@ class Service:
             return None
         if make is None:
             raise ApiError("this server has no tools", param="tools")
-        return await self.apart(lambda: make(self.tokenizer, job.tools, job.tool_choice))
+        return await self.apart(
+            lambda: make(self.tokenizer, job.tools, job.tool_choice, job.parallel_tool_calls)
+        )
 
     async def _guide(self, job: ChatJob, tools: ToolUse | None) -> Callable[[], Guide] | None:
         """What makes a guide for each reply, once it has made one here: that compiles it."""

@@ -34,7 +34,7 @@ State = Literal["ok", "draining", "failed"]
 class Guide(Protocol):
     """What a guided reply may say. `mask` is int32 [vocabulary / 32], on the CPU."""
 
-    def mask(self) -> Tensor: ...
+    def mask(self, left: int | None = None) -> Tensor: ...
 
     def accept(self, token: int) -> None: ...
 
@@ -331,9 +331,8 @@ class Worker:
         if job.guide is None:
             return engine.submit(prompt, sampling)
         reply.guide = job.guide()
-        mask = reply.guide.mask()
         request = engine.submit(prompt, sampling, guided=True)
-        request.allow(mask)
+        request.allow(reply.guide.mask(request.room))
         return request
 
     def _step(self) -> None:
@@ -355,7 +354,8 @@ class Worker:
                 try:
                     for token in event.tokens:
                         reply.guide.accept(token)
-                    request.allow(reply.guide.mask())
+                    left = request.room - len(request.tokens)
+                    request.allow(reply.guide.mask(left))
                 except SalienceError as error:
                     request.cancel()
                     del self._replies[request]
