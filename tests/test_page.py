@@ -315,7 +315,7 @@ def test_a_talk(visit: Open, server: FakeServer) -> None:
     assert page.inner_text("#live").startswith("Hello **you**")
     facts = page.inner_text(".assistant .facts")
     assert re.fullmatch(r"\d+ tokens · .*tokens/s · first after .*", facts), facts
-    assert "29 of 2,048" in page.inner_text("#facts")
+    assert "28 of 2,048" in page.inner_text("#facts")
     assert "410 MiB" in page.inner_text("#facts")
     assert server.bodies[0] == {
         "model": "tiny-w4g64",
