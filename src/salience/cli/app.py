@@ -14,6 +14,7 @@ from salience.cli.chat import chat
 from salience.cli.evaluate import evaluate
 from salience.cli.models import convert, inspect
 from salience.cli.quantize import plan, quantize, report
+from salience.cli.serve import serve
 from salience.errors import SalienceError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command()(convert)
 app.command()(inspect)
 app.command("eval")(evaluate)
 app.command()(chat)
+app.command()(serve)
 app.command()(report)
 
 # The base of what typer raises for wrong options: click's, or in newer versions its own copy of it.

@@ -54,6 +54,13 @@ def show_warning(line: str) -> None:
     stderr.print(escape(f"warning: {line}"))
 
 
+def show_serving(model: str, address: str, size_text: str, has_key: bool) -> None:
+    """Where a server is to be found, on stderr."""
+    key = "with the API key" if has_key else "no API key"
+    stderr.print(f"[bold]{escape(model)}[/bold] is served at {escape(address)} ({key})")
+    stderr.print(f"{size_text}; Ctrl-C ends it")
+
+
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on stdout."""
     print(json.dumps(value, ensure_ascii=False))

@@ -101,6 +101,17 @@ class Engine:
         return len(self._queue)
 
     @property
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values are kept, of replies and for later prompts."""
+        with self._lock:
+            return sum(slot.position for slot in self._slots)
+
+    def held(self) -> list[list[int]]:
+        """The tokens in each slot of the cache."""
+        with self._lock:
+            return [slot.held for slot in self._slots]
+
+    @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
         return not self._queue and self.free_slots == self.max_batch
@@ -297,6 +308,18 @@ class Engine:
                 if request.finished:
                     self._release(request)
         return events
+
+    def reset(self) -> None:
+        """End all requests and forget what is in the cache, after a step that raised."""
+        with self._lock:
+            for request in [*self._queue, *(slot.request for slot in self._slots)]:
+                if request is not None:
+                    request.cancel()
+            self._end_cancelled()
+            self._unread.clear()
+            for slot in self._slots:
+                slot.tokens = []
+                self._runner.release(slot.index, 0)
 
     def _end_cancelled(self) -> list[Event]:
         """Take cancelled requests out of their slots and the queue."""
