@@ -11,7 +11,7 @@ from openai import OpenAI
 
 from salience.chat.prompt import encode
 from salience.runtime import Engine, Result, Sampling
-from salience.server.app import make_app
+from salience.server.app import make_app, more_routers
 from salience.server.guard import Limits
 from salience.server.metrics import Metrics
 from salience.server.run import Server, bound, make_server
@@ -78,7 +78,8 @@ def serving(
     engine = engine or tiny_engine()
     metrics = Metrics()
     made = Service(engine, engine.tokenizer, "tiny", queue=queue, watch=metrics, **service)
-    server = make_server(make_app(made, metrics, limits, cors), made, drain_seconds)
+    app = make_app(made, metrics, limits, cors, more_routers(made))
+    server = make_server(app, made, drain_seconds)
     with bound("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()

@@ -14,7 +14,10 @@ from typing import Any
 
 import pytest
 from helpers_page import FakeServer, Refusal, pieces
+from helpers_server import serving, tiny_engine
 
+from salience.runtime import Sampling
+from salience.server.guard import Limits
 from salience.server.page import HEADERS, PAGE
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="the page's tests need playwright")
@@ -863,3 +866,43 @@ def test_a_long_talk_stays_fast(visit: Open, server: FakeServer, tmp_path: Path)
     assert page.locator(".message").count() == 202
     # On a machine that does other things, too; a task of a second would be felt.
     assert max(page.evaluate("slow") or [0]) < 1000
+
+
+# ---- the server itself ----------------------------------------------------------------------------
+
+
+@browsed
+def test_with_the_server(visit: Open) -> None:
+    limits = Limits(api_key="sesame")
+    with serving(tiny_engine(slots=2, context=512), limits=limits) as served:
+        page = visit(url=served.url + "/", allow="status of 40[01]")
+        page.wait_for_selector("#ask[open]")
+        page.fill("#key", "sesame")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#state.ok")
+        assert page.inner_text("#state") == "tiny"
+        page.click("[data-do=settings]")
+        page.fill("#sampling [name=temperature]", "0")
+        page.fill("#sampling [name=max_new_tokens]", "24")
+        page.keyboard.press("Escape")
+        text = "what is a module"
+        ask(page, text)
+        wanted = served.reply(
+            Sampling(temperature=0.0, max_new_tokens=24), [{"role": "user", "content": text}]
+        )
+        assert page.evaluate("talk.messages[1].content") == wanted.text
+        assert f"{len(wanted.tokens)} tokens" in page.inner_text(".facts >> nth=0")
+        assert re.search(r"\d+ of 512", page.inner_text("#facts"))
+
+        page.click("[data-do=settings]")
+        page.fill("#sampling [name=max_new_tokens]", "400")
+        page.keyboard.press("Escape")
+        page.fill("#input", "more")
+        page.press("#input", "Enter")
+        until(page, "[...runs.values()].some((run) => run.tokens > 2)")
+        page.press("#input", "Escape")
+        assert served.settles(lambda: served.is_idle, 5)
+        settled(page)
+
+        ask(page, "a word " * 600)
+        assert "longer than the model can read" in page.inner_text(".trouble")
