@@ -78,7 +78,9 @@ class FakeServer:
             "tokens_per_second": 0.0,
         }
 
-    def _handler(fake) -> type[BaseHTTPRequestHandler]:  # noqa: N805
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        fake = self
+
         class Handler(BaseHTTPRequestHandler):
             def log_message(self, *_: object) -> None:
                 pass
@@ -94,8 +96,9 @@ class FakeServer:
 
             def refuse(self, refusal: Refusal) -> None:
                 error = {"message": refusal.message, "type": "x", "param": None}
-                self.json({"error": error | {"code": refusal.code}}, refusal.status,
-                          **refusal.headers)
+                self.json(
+                    {"error": error | {"code": refusal.code}}, refusal.status, **refusal.headers
+                )
 
             def known(self) -> bool:
                 sent = self.headers.get("Authorization")

@@ -1,7 +1,7 @@
-"""The chat page in Chromium, against a stand-in for the server and, at the end, against the server.
+"""The chat page in Chromium, with a stand-in for the server and, at the end, with the server.
 
-One browser for all; each test has a context, hence a storage, of its own. A page that logs an error,
-breaks its policy or asks for anything that is not of its server fails the test, whatever it is about.
+One browser for all; each test has a context, hence a storage, of its own. A page that logs an
+error, breaks its policy or asks for what is not its server's fails any test.
 """
 
 import json
@@ -103,7 +103,7 @@ def said(page: Any) -> list[str]:
     return page.locator(".message > :first-child").all_inner_texts()
 
 
-# ---- the file -------------------------------------------------------------------------------------
+# ---- the file ------------------------------------------------------------------------------------
 
 
 def test_the_page_names_no_address_and_its_policy_names_every_block() -> None:
@@ -118,7 +118,7 @@ def test_the_page_names_no_address_and_its_policy_names_every_block() -> None:
     assert "unsafe" not in policy
 
 
-# ---- Markdown -------------------------------------------------------------------------------------
+# ---- Markdown ------------------------------------------------------------------------------------
 
 CASES = {
     "text": ("one\ntwo\n\nthree", "<p>one\ntwo</p><p>three</p>"),
@@ -129,7 +129,10 @@ CASES = {
         "<em>a <strong>b</strong> c</em> <strong>a <em>b</em></strong></p>",
     ),
     "no emphasis": ("5 * 3 * 2, 2*3*4, snake_case_name, **open", None),
-    "chinese": ("**注意：**这是*重点*，好。", "<p><strong>注意：</strong>这是<em>重点</em>，好。</p>"),
+    "chinese": (
+        "**注意：**这是*重点*，好。",
+        "<p><strong>注意：</strong>这是<em>重点</em>，好。</p>",
+    ),
     "emoji": ("👩‍👩‍👧 **🎉** 𠮷", "<p>👩‍👩‍👧 <strong>🎉</strong> 𠮷</p>"),
     "code": ("`a*b*` ``x`y`` `open", "<p><code>a*b*</code> <code>x`y</code> `open</p>"),
     "escapes": (r"\*a\* \[b](c) &lt;d&gt; a<br>b", "<p>*a* [b](c) &lt;d&gt; a<br>b</p>"),
@@ -191,7 +194,7 @@ def test_markdown(visit: Open) -> None:
 @browsed
 def test_links_tables_and_code(visit: Open) -> None:
     page = visit()
-    got = rendered(page, "[a *b*](https://x.org/a_(b)?c=d \"t\") https://y.org/z, <mailto:a@b.c>", [])
+    got = rendered(page, '[a *b*](https://x.org/a_(b)?c=d "t") https://y.org/z, <mailto:a@b.c>', [])
     links = re.findall(r'<a href="([^"]*)" target="_blank" rel="noopener noreferrer nofollow"', got)
     assert links == ["https://x.org/a_(b)?c=d", "https://y.org/z", "mailto:a@b.c"]
     assert "<em>b</em></a>" in got
@@ -302,7 +305,7 @@ def test_the_renderer_is_linear_and_keeps_what_is_finished(visit: Open) -> None:
     assert max(spent) < 6000, spent
 
 
-# ---- talking --------------------------------------------------------------------------------------
+# ---- talking -------------------------------------------------------------------------------------
 
 
 @browsed
@@ -457,7 +460,7 @@ def test_settings_are_sent_kept_and_reset(visit: Open, server: FakeServer) -> No
     assert server.bodies[3]["top_k"] == 40
 
 
-# ---- conversations --------------------------------------------------------------------------------
+# ---- conversations -------------------------------------------------------------------------------
 
 
 @browsed
@@ -556,7 +559,7 @@ def test_a_full_storage_is_said_and_survived(visit: Open, server: FakeServer) ->
     assert len(server.bodies[1]["messages"]) == 3
 
 
-# ---- what goes wrong ------------------------------------------------------------------------------
+# ---- what goes wrong -----------------------------------------------------------------------------
 
 
 @browsed
@@ -682,10 +685,12 @@ def test_the_key(visit: Open, server: FakeServer, remember: bool) -> None:
     page.wait_for_selector("#ask[open]")
 
 
-# ---- looks and hands ------------------------------------------------------------------------------
+# ---- looks and hands -----------------------------------------------------------------------------
 
 LONG = "x" * 300 + "\n\n| " + " | ".join(["wide cell"] * 12) + " |\n|" + "---|" * 12 + "\n\n"
-LONG += "```\n" + "y" * 300 + "\n```\n\n" + "https://a.example/" + "z" * 300 + "\n\n`" + "c" * 300 + "`"
+LONG += (
+    "```\n" + "y" * 300 + "\n```\n\n" + "https://a.example/" + "z" * 300 + "\n\n`" + "c" * 300 + "`"
+)
 
 
 @browsed
@@ -698,7 +703,9 @@ def test_nothing_is_wider_than_the_window(visit: Open, server: FakeServer, width
     page.click("#send")
     settled(page)
     for selector in ("html", "body", "#scroll", "main"):
-        over = page.evaluate(f"(n => n.scrollWidth - n.clientWidth)(document.querySelector('{selector}'))")
+        over = page.evaluate(
+            f"(n => n.scrollWidth - n.clientWidth)(document.querySelector('{selector}'))"
+        )
         assert over <= 0, selector
     small = page.evaluate(
         "[...document.querySelectorAll('input:not([type=checkbox], [type=radio], [type=file]), textarea')]"
@@ -822,7 +829,9 @@ def test_it_scrolls_only_for_those_who_read_at_the_bottom(visit: Open, server: F
     server.reply = lambda body: (f"line {n}\n\n" for n in range(150))
     page.fill("#input", "Go")
     page.press("#input", "Enter")
-    distance = "(n => n.scrollHeight - n.scrollTop - n.clientHeight)(document.querySelector('#scroll'))"
+    distance = (
+        "(n => n.scrollHeight - n.scrollTop - n.clientHeight)(document.querySelector('#scroll'))"
+    )
     page.wait_for_selector("text=line 30")
     assert page.evaluate(distance) < 60
     page.mouse.move(450, 250)
@@ -834,7 +843,9 @@ def test_it_scrolls_only_for_those_who_read_at_the_bottom(visit: Open, server: F
     page.click("#latest")
     page.wait_for_selector("text=line 120")
     assert page.evaluate(distance) < 60
-    assert page.evaluate("getComputedStyle(document.querySelector('#send')).animationName") == "none"
+    assert (
+        page.evaluate("getComputedStyle(document.querySelector('#send')).animationName") == "none"
+    )
     settled(page)
     assert page.evaluate(distance) < 2
 
@@ -845,7 +856,9 @@ def test_a_long_talk_stays_fast(visit: Open, server: FakeServer, tmp_path: Path)
     roles = ("user", "assistant")
     messages = [{"role": roles[n % 2], "content": answer * (1 + n % 2)} for n in range(200)]
     file = tmp_path / "long.json"
-    file.write_text(json.dumps({"model": "m", "system": None, "sampling": {}, "messages": messages}))
+    file.write_text(
+        json.dumps({"model": "m", "system": None, "sampling": {}, "messages": messages})
+    )
     page = visit()
     page.set_input_files("#file", file)
     until(page, "document.querySelectorAll('.message').length === 200")
@@ -868,7 +881,7 @@ def test_a_long_talk_stays_fast(visit: Open, server: FakeServer, tmp_path: Path)
     assert max(page.evaluate("slow") or [0]) < 1000
 
 
-# ---- the server itself ----------------------------------------------------------------------------
+# ---- the server itself ---------------------------------------------------------------------------
 
 
 @browsed
