@@ -1,5 +1,8 @@
-"""A stand-in for the server: it speaks its protocol and does what a test says, so that the page can
-be tested without a model. One thread a request; each request is kept for the test to look at."""
+"""A stand-in for the server, and what tests of the page say often.
+
+The stand-in speaks the server's protocol and does what a test says, so that the page can be tested
+without a model. One thread a request; each body is kept for the test to look at.
+"""
 
 import json
 import threading
@@ -13,6 +16,7 @@ from typing import Any
 from salience.server.page import HEADERS, PAGE
 
 GIB = 2**30
+Open = Callable[..., Any]  # a page, by the fixture `visit`
 
 
 @dataclass
@@ -159,3 +163,25 @@ class FakeServer:
                 self.wfile.write(b"data: [DONE]\n\n")
 
         return Handler
+
+
+def ask(page: Any, text: str) -> None:
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+    settled(page)
+
+
+def until(page: Any, expression: str) -> None:
+    """Playwright's own way of waiting is eval, which the page's policy forbids."""
+    end = time.monotonic() + 15
+    while not page.evaluate(expression):
+        assert time.monotonic() < end, f"never: {expression}"
+        time.sleep(0.02)
+
+
+def settled(page: Any) -> None:
+    until(page, "!document.querySelector('[aria-busy]') && runs.size === 0")
+
+
+def said(page: Any) -> list[str]:
+    return page.locator(".message > :first-child").all_inner_texts()
