@@ -558,3 +558,16 @@ def test_events_name_their_request(model: Any) -> None:
         own = [event for event in events if event.request is request]
         assert [token for event in own for token in event.tokens] == request.result().tokens
         assert list(request.events) == own
+
+
+def test_after_a_reset_nothing_of_the_cache_is_used(model: Any) -> None:
+    engine = Engine(model, max_batch=2, prefill_chunk=8)
+    first = engine.submit(prompt(20), greedy(4))
+    waiting = [engine.submit(prompt(12, seed=i), greedy(4)) for i in range(3)]
+    engine.step()
+    assert engine.cache_tokens == sum(len(held) for held in engine.held()) > 0
+    engine.reset()
+    assert engine.idle and engine.cache_tokens == 0 and engine.held() == [[], []]
+    assert all(each.finish_reason == "cancelled" for each in (first, *waiting))
+    (result,) = engine.generate([prompt(20)], greedy(4))
+    assert result.tokens == expected(model, prompt(20), 4) and result.cached_tokens == 0

@@ -153,7 +153,9 @@ def test_a_client_that_reads_nothing_loses_nothing(served: Served) -> None:
     lines = [line for line in got.split(b"\n") if line.startswith(b"data: {")]
     deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in lines]
     text = "".join(delta.get("content", "") for delta in deltas)
-    answer = httpx.post(served.url + CHAT, json=json.loads(body(max_tokens=600, ignore_eos=True)))
+    answer = httpx.post(
+        served.url + CHAT, json=json.loads(body(max_tokens=600, ignore_eos=True)), timeout=60
+    )
     assert text == answer.json()["choices"][0]["message"]["content"]
 
 

@@ -91,11 +91,11 @@ def serve(
             model,
             host=host,
             port=port,
-            served_model_name=name,
-            context=context,
-            max_batch=max_batch,
             api_key=key,
+            context=context,
+            served_name=name,
             tensor_parallel=tensor_parallel,
+            extra=() if max_batch is None else ("--max-num-seqs", str(max_batch)),
             trust_remote_code=trust_remote_code,
         )
         return

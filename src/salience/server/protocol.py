@@ -196,6 +196,10 @@ def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]
     Raises:
         ApiError: one has no role, or parts that are no text.
     """
+    try:
+        json.dumps(messages, ensure_ascii=False).encode()
+    except (UnicodeError, RecursionError) as error:
+        raise ApiError(f"the messages are no text: {error}", param="messages") from error
     return [_message(f"messages.{i}", message) for i, message in enumerate(messages)]
 
 

@@ -8,6 +8,7 @@ tokens of a long text or the grammar of a schema, is done on a thread of its own
 """
 
 import asyncio
+import inspect
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -277,6 +278,8 @@ class Service:
             return await asyncio.get_running_loop().run_in_executor(self._threads, work)
         except SalienceError as error:
             raise ApiError(str(error)) from error
+        except (UnicodeError, RecursionError) as error:
+            raise ApiError(f"a text is not valid: {type(error).__name__}: {error}") from error
 
     async def tokens(self, text: str) -> list[int]:
         """The tokens of a text that is no chat."""
@@ -317,6 +320,11 @@ class Service:
         Raises:
             ApiError: 400 for what the template, the schema or the context refuses, 429, 503.
         """
+        taken = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages"}
+        for name in job.template:
+            if name in taken or not name.isidentifier():
+                message = f"{name!r} is no variable that a request may set"
+                raise ApiError(message, param="chat_template_kwargs")
         tools = await self._use(job)
         wanted = None if tools is None else tools.template_tools
         prompt = await self.apart(

@@ -106,6 +106,9 @@ class _Answer:
             **drawn(body), max_new_tokens=body.max_tokens or _DEFAULT_TOKENS, logprobs=body.logprobs
         )
         prompts = _prompts(body.prompt)
+        for each in prompts:
+            if not isinstance(each, str):
+                service.check_tokens(each, "prompt")
         tokens = [await service.tokens(p) if isinstance(p, str) else p for p in prompts]
         if body.echo:
             self._echoed = [
