@@ -43,6 +43,7 @@ def test_a_talk(visit: Open, fake: FakeServer) -> None:
     page.wait_for_selector("#state.ok")
     assert page.inner_text("#state") == "tiny-w4g64"
     assert page.evaluate("document.activeElement.id") == "input"
+    fake.delay = 0.02
     fake.reply = lambda body: pieces("Hello **you**\n\n```py\nx = 1\n```")
     ask(page, "Hi\tthere <b>")
     assert said(page)[0] == "Hi\tthere <b>"

@@ -83,6 +83,20 @@ def test_refusals(visit: Open, fake: FakeServer, refusal: Refusal, title: str, b
     assert fake.bodies[-1]["messages"][0]["content"] == oldest
 
 
+def test_a_question_without_an_answer_joins_the_next(visit: Open, fake: FakeServer) -> None:
+    page = visit(allow="status of 429")
+
+    def busy(body: dict[str, Any]) -> list[str]:
+        raise Refusal(429, "busy")
+
+    fake.reply = busy
+    ask(page, "one")
+    fake.reply = lambda body: ["fine"]
+    ask(page, "two")
+    assert fake.bodies[-1]["messages"] == [{"role": "user", "content": "one\n\ntwo"}]
+    assert said(page) == ["one", "two", "fine"]
+
+
 def test_a_server_that_goes_away_and_comes_back(visit: Open, fake: FakeServer) -> None:
     page = visit(allow="Failed to load resource|ERR_")
 
