@@ -72,14 +72,14 @@ def serving(
     queue: int = 64,
     cors: Sequence[str] = (),
     drain_seconds: float = 30.0,
-    routers: Callable[[Service], Sequence[Any]] = lambda _: (),
     **service: Any,
 ) -> Iterator[Served]:
     """A server for a while."""
     engine = engine or tiny_engine()
     metrics = Metrics()
     made = Service(engine, engine.tokenizer, "tiny", queue=queue, watch=metrics, **service)
-    server = make_server(make_app(made, metrics, limits, cors, routers(made)), made, drain_seconds)
+    app = make_app(made, metrics, limits, cors)
+    server = make_server(app, made, drain_seconds)
     with bound("127.0.0.1", 0) as sock:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]})
         thread.start()

@@ -151,6 +151,7 @@ LAYERS = {
     "salience.server.tools": 72,
     "salience.server": 72,
     "salience.server.errors": 72,
+    "salience.server.page": 72,
     "salience.server.capacity": 72,
     "salience.server.worker": 73,
     "salience.server.metrics": 74,

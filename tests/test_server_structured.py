@@ -11,8 +11,9 @@ import pytest
 from helpers_server import Served, serving, tiny_engine
 from salience.runtime.limits import end_tokens
 from salience.server import responses
-from salience.server.app import guide_maker, more_routers, tool_maker
 from salience.server.errors import ApiError
+from salience.server.guide import Guides
+from salience.server.tools import Tools
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -44,8 +45,8 @@ PIXEL = "data:image/png;base64,AAAA"
 def served() -> Iterator[Served]:
     engine = tiny_engine()
     ends = end_tokens(engine.model, engine.tokenizer)
-    guides = guide_maker(engine.tokenizer, engine.model.config.vocab_size, ends)
-    with serving(engine, guides=guides, tools=tool_maker(), routers=more_routers) as made:
+    guides = Guides(engine.tokenizer, engine.model.config.vocab_size, ends)
+    with serving(engine, guides=guides, tools=Tools.of) as made:
         yield made
 
 

@@ -5,7 +5,7 @@ import sys
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,7 +22,7 @@ from salience.cli.options import (
 )
 from salience.errors import SalienceError
 
-_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client", "xgrammar")
 
 
 class EngineName(str, Enum):
@@ -32,6 +32,10 @@ class EngineName(str, Enum):
 
 def serve(
     model: Model,
+    extra: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- ARGUMENTS]", help="More of vLLM's own, with --engine vllm."),
+    ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: a free one.")] = 8000,
     served_model_name: Annotated[
@@ -76,6 +80,12 @@ def serve(
     tensor_parallel: Annotated[
         int, typer.Option("--tensor-parallel", min=1, help="GPUs, with --engine vllm.")
     ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option("--pipeline-parallel", min=1, help="Stages, with --engine vllm.")
+    ] = 1,
+    ray: Annotated[
+        bool, typer.Option("--ray", help="Over the hosts of a Ray cluster, with --engine vllm.")
+    ] = False,
     device: DeviceOption = "auto",
     device_map: DeviceMapOption = None,
     max_memory: MemoryOption = None,
@@ -87,7 +97,9 @@ def serve(
     name = served_model_name or _name(model)
     key = _key(api_key)
     if engine is EngineName.vllm:
-        _vllm(
+        from salience.server import vllm
+
+        status = vllm.run(
             model,
             host=host,
             port=port,
@@ -95,22 +107,33 @@ def serve(
             context=context,
             served_name=name,
             tensor_parallel=tensor_parallel,
-            extra=() if max_batch is None else ("--max-num-seqs", str(max_batch)),
+            pipeline_parallel=pipeline_parallel,
+            ray=ray,
+            extra=[*(("--max-num-seqs", str(max_batch)) if max_batch else ()), *(extra or ())],
             trust_remote_code=trust_remote_code,
         )
-        return
-    if tensor_parallel > 1:
-        raise SalienceError("--tensor-parallel needs --engine vllm")
+        raise typer.Exit(status)
+    only_vllm = {
+        "--tensor-parallel": tensor_parallel > 1,
+        "--pipeline-parallel": pipeline_parallel > 1,
+        "--ray": ray,
+        "what follows --": bool(extra),
+    }
+    for option, given in only_vllm.items():
+        if given:
+            raise SalienceError(f"{option} needs --engine vllm")
     missing = [package for package in _NEEDED if not find_spec(package)]
     if missing:
         raise SalienceError(f"serve needs {missing[0]}: pip install 'salience[serve]'")
 
     from salience.runtime.limits import end_tokens
-    from salience.server.app import guide_maker, make_app, more_routers, tool_maker
+    from salience.server.app import make_app
     from salience.server.guard import Limits
+    from salience.server.guide import Guides
     from salience.server.metrics import Metrics
     from salience.server.run import bound, make_server
     from salience.server.service import Service, make_engine
+    from salience.server.tools import Tools
 
     _log(access_log)
     with bound(host, port) as sock:  # before the model, which may take minutes
@@ -126,11 +149,11 @@ def serve(
             name,
             queue=queue,
             watch=metrics,
-            guides=guide_maker(tokenizer, vocabulary, end_tokens(loaded, tokenizer)),
-            tools=tool_maker(),
+            guides=Guides(tokenizer, vocabulary, end_tokens(loaded, tokenizer)),
+            tools=Tools.of,
         )
         limits = Limits(api_key=key, body_bytes=max_body)
-        app = make_app(service, metrics, limits, cors or (), more_routers(service))
+        app = make_app(service, metrics, limits, cors or ())
         address, number = sock.getsockname()[:2]
         shown = f"[{address}]" if ":" in address else address
         text = f"{made.max_batch} replies at once of {made.max_context} tokens each"
@@ -162,11 +185,3 @@ def _log(access: bool) -> None:
     handler = logging.StreamHandler(sys.stderr)
     logging.basicConfig(level=logging.WARNING, handlers=[handler], format="%(message)s")
     logging.getLogger("salience.access").setLevel(logging.INFO if access else logging.WARNING)
-
-
-def _vllm(model: str, **options: Any) -> None:
-    if not find_spec("salience.server.vllm"):
-        raise SalienceError("--engine vllm is not in this version")
-    from importlib import import_module
-
-    import_module("salience.server.vllm").run(model, **options)

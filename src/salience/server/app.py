@@ -5,12 +5,10 @@ itself is at `/openapi.json`.
 """
 
 import logging
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from http import HTTPStatus
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request, Response
@@ -22,7 +20,7 @@ from starlette.exceptions import HTTPException
 from salience import __version__
 from salience.errors import SalienceError
 from salience.monitor import memory
-from salience.server import chats, texts
+from salience.server import chats, page, responses, texts
 from salience.server.answers import ErrorAnswer, ModelAnswer, ModelList, documented
 from salience.server.errors import ApiError
 from salience.server.guard import Guard, Limits, answer, authorized
@@ -38,7 +36,6 @@ def make_app(
     metrics: Metrics,
     limits: Limits | None = None,
     cors: Sequence[str] = (),
-    routers: Sequence[APIRouter] = (),
 ) -> Any:
     """An ASGI app for a service. It starts the service's thread, and stops it at the end.
 
@@ -47,7 +44,6 @@ def make_app(
         metrics: that the service's worker watches.
         limits: None for the defaults.
         cors: origins whose pages may call it; "*" for all.
-        routers: more routes.
     """
     limits = limits or Limits()
 
@@ -71,8 +67,9 @@ def make_app(
         chats.router(service),
         texts.router(service),
         _models(service),
+        responses.router(service),
         _state(service, metrics, limits),
-        *routers,
+        _page(),
     ):
         app.include_router(router)
     _handle_errors(app)
@@ -206,32 +203,11 @@ def _invalid(error: RequestValidationError) -> ApiError:
     return ApiError(f"{field}: {first['msg'].lower()}", param=field)
 
 
-def more_routers(service: Service) -> list[APIRouter]:
-    """Routes of the modules that bring their own."""
-    made = []
-    if find_spec("salience.server.responses"):
-        made.append(import_module("salience.server.responses").router(service))
-    if find_spec("salience.server.page"):
-        page = import_module("salience.server.page")
-        router = APIRouter()
+def _page() -> APIRouter:
+    made = APIRouter()
 
-        @router.get("/", include_in_schema=False)
-        async def index() -> Response:
-            return Response(page.PAGE, headers=page.HEADERS)
+    @made.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return Response(page.PAGE, headers=page.HEADERS)
 
-        made.append(router)
     return made
-
-
-def guide_maker(tokenizer: Any, vocabulary_size: int, ends: Collection[int]) -> Any:
-    """What makes guides, where there is any."""
-    if not find_spec("salience.server.guide"):
-        return None
-    return import_module("salience.server.guide").Guides(tokenizer, vocabulary_size, ends)
-
-
-def tool_maker() -> Any:
-    """What makes sense of tools, where there is any."""
-    if not find_spec("salience.server.tools"):
-        return None
-    return import_module("salience.server.tools").Tools.of
