@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import salience
 from salience.errors import SalienceError
-from salience.evaluation import perplexity as module
+from salience.evaluation import scores as module
 from salience.evaluation.perplexity import perplexity
 from tiny_models import TEXT
 
@@ -69,7 +69,8 @@ def test_rows_of_logits_are_only_a_tile(
 ) -> None:
     text = text_of(200, tokenizer)
     whole = perplexity(model, tokenizer, text, 100).perplexity
-    monkeypatch.setattr(module, "_LOGIT_ROWS", 7)
+    monkeypatch.setattr(module, "_HEAD_NUMBERS", 7 * 320)
+    monkeypatch.setattr(module, "_SLICE_NUMBERS", 3 * 320)
     assert perplexity(model, tokenizer, text, 100).perplexity == pytest.approx(whole, rel=1e-6)
 
 
