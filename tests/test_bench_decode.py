@@ -7,8 +7,9 @@ import pytest
 import salience
 from helpers_bench import Command, assert_png, make_command, write_shape
 from salience.bench import decode, measure
-from salience.bench.decode import Task, _steady
+from salience.bench.decode import Task
 from salience.errors import SalienceError
+from salience.runtime.timing import Timing, steady
 
 
 @pytest.fixture
@@ -26,12 +27,12 @@ def test_steady_steps() -> None:
         (3.5, 2, 2, 1),
         (9.0, 1, 2, 2),
     ]
-    assert _steady(stamps, 2, 5) == (0.5, 9.0, False)
+    assert steady(stamps, 2, 5) == Timing(0.5, 9.0, False)
 
 
 def test_steps_while_prompts_still_come() -> None:
     stamps = [(1.0, 1, 1, 0), (2.0, 1, 1, 1), (3.0, 1, 2, 1), (4.0, 1, 2, 2)]
-    assert _steady(stamps, 2, 2) == (2.0, 4.0, True)  # three tokens in 3 s, two sequences
+    assert steady(stamps, 2, 2) == Timing(2.0, 4.0, True)  # three tokens in 3 s, two sequences
 
 
 def test_task() -> None:

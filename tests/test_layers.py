@@ -116,6 +116,7 @@ LAYERS = {
     "salience.runtime.slots": 52,
     "salience.runtime.runner": 53,
     "salience.runtime.engine": 54,
+    "salience.runtime.timing": 55,
     "salience.runtime": 55,
     "salience.prepare": 58,
     "salience.pipeline": 60,
@@ -131,6 +132,8 @@ LAYERS = {
     "salience.evaluation.parts": 70,
     "salience.evaluation.scores": 71,
     "salience.evaluation.perplexity": 72,
+    "salience.evaluation.speed": 70,
+    "salience.evaluation.tasks": 70,
     "salience.bench": 60,
     "salience.bench.measure": 60,
     "salience.bench.weights": 60,
@@ -202,7 +205,8 @@ WRAPPERS = {
     },
     "ray": set(),
     "fastapi": set(),
-    "lm_eval": set(),
+    "lm_eval": {"salience.evaluation.tasks"},
+    "pynvml": {"salience.monitor"},
 }
 
 

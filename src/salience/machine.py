@@ -27,16 +27,75 @@ def peak_rss_bytes() -> int:
 
 
 def available_ram_bytes() -> int:
-    """Memory that can be taken without swapping: the machine's, or the cgroup's if that is less."""
+    """Memory that can be taken without swapping: the machine's, or a cgroup's if that is less."""
     free = psutil.virtual_memory().available
+    return max(0, min([free, *(limit - used for used, limit in cgroup_memory())]))
+
+
+def cgroup_memory(proc: Path = Path("/proc/self")) -> list[tuple[int, int]]:
+    """Bytes taken and allowed of each cgroup that this process is in and that has a limit.
+
+    Limits hold for all cgroups up to the root, versions 1 and 2. Page cache that can be dropped at
+    once does not count as taken.
+
+    Args:
+        proc: where the kernel says which cgroups those are and where they are mounted.
+    """
+    found = []
+    for folder, root, names in _cgroups(proc):
+        while True:
+            pair = _cgroup_pair(folder, names)
+            if pair is not None:
+                found.append(pair)
+            if folder == root or folder == folder.parent:
+                break
+            folder = folder.parent
+    return found
+
+
+# Files of a limit and of what is taken, and what the page cache's inactive part is called.
+_CgroupFiles = tuple[str, str, str]
+_CGROUP_1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_CGROUP_2 = ("memory.max", "memory.current", "inactive_file")
+_NO_LIMIT = 2**60
+
+
+def _cgroups(proc: Path) -> Iterator[tuple[Path, Path, _CgroupFiles]]:
+    """The folder of this process in each hierarchy that counts memory, and where that begins."""
     try:
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = file.read().strip()
-        with open("/sys/fs/cgroup/memory.current") as file:
-            used = int(file.read())
+        own = (proc / "cgroup").read_text(encoding="utf-8").splitlines()
+        mounts = (proc / "mountinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return free
-    return free if limit == "max" else min(free, int(limit) - used)
+        return
+    paths: dict[str, str] = {}
+    for line in own:
+        _, controllers, path = line.split(":", 2)
+        if not controllers or "memory" in controllers.split(","):
+            paths["cgroup" if controllers else "cgroup2"] = path
+    for line in mounts:
+        before, _, after = line.partition(" - ")
+        inside, point = before.split()[3:5]
+        kind, _, options = after.split(maxsplit=2)
+        if kind not in paths or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        # In a container the mount shows a part of the tree, often just the container's own.
+        path = paths[kind]
+        local = path[len(inside.rstrip("/")) :] if path.startswith(inside) else "/"
+        folder = Path(point) / local.lstrip("/")
+        yield folder, Path(point), _CGROUP_2 if kind == "cgroup2" else _CGROUP_1
+
+
+def _cgroup_pair(folder: Path, files: _CgroupFiles) -> tuple[int, int] | None:
+    try:
+        limit = (folder / files[0]).read_text(encoding="utf-8").strip()
+        if limit == "max" or int(limit) >= _NO_LIMIT:
+            return None
+        used = int((folder / files[1]).read_text(encoding="utf-8"))
+        statistics = (folder / "memory.stat").read_text(encoding="utf-8").split()
+    except OSError:
+        return None
+    values = dict(zip(statistics[::2], statistics[1::2], strict=False))
+    return max(0, used - int(values.get(files[2], 0))), int(limit)
 
 
 def cache_folder(name: str) -> Path:

@@ -5,9 +5,7 @@ cached keys and values of each. That time is the floor:
 
     seconds a step >= (weights + batch * length * bytes of a cached token) / bandwidth
 
-Prompts are random tokens, other ones for each run, so that none is found in the cache. The time of
-a step is taken where all sequences run at once: after the last prompt is in, before the first
-reply is done.
+How the times are taken is in `salience.runtime.timing`.
 """
 
 import gc
@@ -33,14 +31,15 @@ from salience.linear import QuantLinear
 from salience.loading import load_source
 from salience.machine import describe, release_memory
 from salience.recipe import Recipe
-from salience.runtime import Engine, Sampling
+from salience.runtime import Engine
 from salience.runtime.cache import padded
+from salience.runtime.timing import random_prompts, time_decode, time_prefill, warm_up
 from salience.source import Source, skeleton
 
 Progress = Callable[[str, int, int], None]
 
 _ALL = ".*"
-_CPU_WARM_UP = 4  # tokens; on a GPU all of them, since graphs of several lengths are captured
+_WARM_UP = 4  # tokens of Transformers' own generation
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,15 +305,15 @@ class _Variant:
     def _by_engine(self, batch: int) -> tuple[float, float, float, bool]:
         task = self.task
         engine = Engine(self.model, max_context=task.length, max_batch=batch)
-        on_gpu = self.device.type == "cuda"
-        _generate(engine, self._prompts(batch), task.new if on_gpu else min(task.new, _CPU_WARM_UP))
-        prefill = _generate(engine, self._prompts(batch), 1)[-1][0]
-        return prefill, *_steady(_generate(engine, self._prompts(batch), task.new), batch, task.new)
+        warm_up(engine, self._prompts(batch), task.new)
+        prefill = time_prefill(engine, self._prompts(batch))
+        found = time_decode(engine, self._prompts(batch), task.new)
+        return prefill, found.step_seconds, found.seconds, found.interleaved
 
     def _by_transformers(self, batch: int) -> tuple[float, float, float, bool]:
         self.model.generation_config.eos_token_id = None  # or replies end early
         took = {}
-        for new in (min(self.task.new, _CPU_WARM_UP), 1, self.task.new):
+        for new in (min(self.task.new, _WARM_UP), 1, self.task.new):
             ids = torch.tensor(self._prompts(batch), device=self.device)
             start = time.perf_counter()
             self.model.generate(
@@ -330,45 +329,7 @@ class _Variant:
         return took[1], max(whole - took[1], 1e-9) / (self.task.new - 1), whole, False
 
     def _prompts(self, batch: int) -> list[list[int]]:
-        vocabulary = self.model.config.get_text_config().vocab_size
-        size = (batch, self.task.prompt)
-        prompts: list[list[int]] = torch.randint(vocabulary, size, generator=self.random).tolist()
-        return prompts
-
-
-# What a step brought: seconds since the start, tokens, how many replies have begun and ended.
-_Stamp = tuple[float, int, int, int]
-
-
-def _generate(engine: Engine, prompts: Sequence[Sequence[int]], new: int) -> list[_Stamp]:
-    """Generate, and take down when the tokens came."""
-    sampling = Sampling(max_new_tokens=new, ignore_eos=True)
-    stamps = []
-    start = time.perf_counter()
-    requests = [engine.submit(prompt, sampling) for prompt in prompts]
-    ended = 0
-    while ended < len(requests):
-        events = engine.step()
-        now = time.perf_counter() - start
-        begun = sum(bool(request.tokens) for request in requests)
-        ended = sum(request.finished for request in requests)
-        stamps.append((now, sum(len(event.tokens) for event in events), begun, ended))
-    return stamps
-
-
-def _steady(stamps: Sequence[_Stamp], batch: int, new: int) -> tuple[float, float, bool]:
-    """Seconds of a step of all sequences, of everything, and whether other work came between."""
-    seconds = stamps[-1][0]
-    last = next(i for i, stamp in enumerate(stamps) if stamp[3])
-    first = next(i for i, stamp in enumerate(stamps) if stamp[2] == batch)
-    interleaved = first >= last
-    if interleaved:
-        first, last = next(i for i, stamp in enumerate(stamps) if stamp[2]), len(stamps) - 1
-    tokens = sum(stamp[1] for stamp in stamps[first + 1 : last + 1])
-    took = stamps[last][0] - stamps[first][0]
-    if not tokens:  # two tokens that were read at once
-        return seconds / new, seconds, True
-    return took * batch / tokens, seconds, interleaved
+        return random_prompts(self.model, batch, self.task.prompt, self.random)
 
 
 def _dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype:

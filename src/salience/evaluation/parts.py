@@ -34,12 +34,14 @@ class Parts:
         second: the model with a stub for the decoder; None for a model that is run whole, whose
             logits take the place of hidden states.
         device: where tokens and hidden states enter.
+        width: of the logits.
     """
 
     first: Any
     decoder: str
     second: Any
     device: torch.device
+    width: int
 
     @torch.no_grad()
     def hidden(self, chunk: Tensor) -> Tensor:
@@ -59,7 +61,7 @@ class Parts:
         """
         if self.second is None:
             return hidden.float()
-        self.second.get_submodule(self.decoder).hidden = hidden[None].to(self.device)
+        self.second.get_submodule(self.decoder).forward.hidden = hidden[None].to(self.device)
         ids = chunk[None].to(self.device)
         return self.second(input_ids=ids, use_cache=False).logits[0].float()
 
@@ -84,36 +86,48 @@ def take_apart(model: Any, tokens: Tensor) -> Parts:
         tokens: some tokens it may meet, [n].
     """
     device = input_device(model)
-    whole = Parts(model, "", None, device)
-    if not isinstance(model, nn.Module) or len(tokens) < 2:
-        return whole
     ids = tokens[None, :_PROBE_TOKENS].to(device)
     name, output, logits = _probe(model, ids)
+    whole = Parts(model, "", None, device, logits.shape[-1])
     if output is None:
         return whole
-    parts = Parts(model, name, _replaced(model, name, _Stub(type(output))), device)
+    stub = _stub(model.get_submodule(name), type(output))
+    parts = replace(whole, decoder=name, second=_replaced(model, name, stub))
     half = ids.shape[1] // 2
-    found = parts.logits(ids[0, half:], output.last_hidden_state[0, half:])
+    try:
+        found = parts.logits(ids[0, half:], output.last_hidden_state[0, half:])
+    except AttributeError:  # it asks the decoder for a module
+        return whole
     expected = logits[0, half:].float()
     if found.shape != expected.shape:
         return whole
     return parts if (found - expected).abs().max() <= _EQUAL * expected.abs().max() else whole
 
 
-class _Stub(nn.Module):
-    """Returns hidden states that were put into it, as the decoder would."""
+class _Stub:
+    """What a decoder's stub does when it is called: it returns what was put here."""
 
     def __init__(self, kind: type) -> None:
-        super().__init__()
         self.kind = kind
         self.hidden: Tensor | None = None
 
-    def forward(self, *_: Any, **__: Any) -> Any:
+    def __call__(self, *_: Any, **__: Any) -> Any:
         return self.kind(last_hidden_state=self.hidden)
 
 
-def _probe(model: nn.Module, ids: Tensor) -> tuple[str, Any, Tensor]:
+def _stub(decoder: nn.Module, kind: type) -> nn.Module:
+    """A decoder without its modules; numbers that belong to it, models may ask it for."""
+    stub = copy.copy(decoder)
+    stub._modules, stub._parameters, stub._buffers = {}, {}, {}
+    vars(stub).pop("_hf_hook", None)
+    stub.forward = _Stub(kind)
+    return stub
+
+
+def _probe(model: Any, ids: Tensor) -> tuple[str, Any, Tensor]:
     """The outermost module that returns last hidden states, what it returns, and the logits."""
+    if not isinstance(model, nn.Module):
+        return "", None, model(input_ids=ids, use_cache=False).logits
     outputs: dict[str, Any] = {}
 
     def listen(name: str, module: nn.Module) -> Any:
@@ -158,6 +172,8 @@ def _replaced(model: nn.Module, name: str, new: nn.Module) -> nn.Module:
     """A model with another module at `name`; all but those on the way to it are shared."""
     child, _, rest = name.partition(".")
     light = copy.copy(model)
+    if hasattr(light, "_hf_hook"):
+        vars(light).pop("forward", None)  # a hook's, which calls the old model
     light._modules = dict(model._modules)
     light._modules[child] = _replaced(getattr(model, child), rest, new) if rest else new
     return light

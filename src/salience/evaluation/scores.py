@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -147,7 +146,7 @@ class Reference:
         sums = _Sums(chunks)
         for i, chunk in enumerate(_counted(chunks.ids, progress)):
             hidden = parts.hidden(chunk)
-            if reference.portable:
+            if parts.second is not None:
                 reference._keep(i, hidden)
             sums.add(parts, hidden, chunk)
         reference.scores = sums.scores()
@@ -190,7 +189,7 @@ class Reference:
 
     @property
     def portable(self) -> bool:
-        """Whether it needs no more of the model than what comes after the decoder."""
+        """Whether the model can be let go of: only what comes after the decoder is needed."""
         return self._parts.first is None
 
     def check(self, chunks: _Chunks) -> None:
@@ -216,7 +215,7 @@ class Reference:
 
     def hidden(self, index: int) -> Tensor:
         """Of a chunk: what `logits` makes logits of."""
-        if not self.portable:
+        if self._parts.second is None:
             return self._parts.hidden(self._chunks.ids[index])
         return torch.load(self._file(index), weights_only=True)
 
@@ -279,8 +278,8 @@ class _Sums:
         """The next chunk [context], with its hidden states."""
         nll, kl, agree, index = 0.0, 0.0, 0, len(self._nll)
         theirs = None if self._reference is None else self._reference.hidden(index)
-        start, last, step = 0, len(chunk) - 1, 1
-        while start < last:
+        last, step = len(chunk) - 1, max(1, _HEAD_NUMBERS // parts.width)
+        for start in range(0, last, step):
             rows = slice(start, min(start + step, last))
             logits = parts.logits(chunk[rows], hidden[rows])
             targets = chunk[rows.start + 1 : rows.stop + 1].to(logits.device)
@@ -290,7 +289,6 @@ class _Sums:
                 expected = self._reference.logits(index, theirs, rows).to(logits.device)
                 more = _compared(logits, expected, targets)
                 nll, kl, agree = nll + more[0], kl + more[1], agree + more[2]
-            start, step = rows.stop, max(1, _HEAD_NUMBERS // logits.shape[1])
         self._nll.append(nll)
         self._kl.append(kl)
         self._agree.append(agree)

@@ -91,6 +91,11 @@ class Engine:
         return self._runner.graphs
 
     @property
+    def device(self) -> torch.device:
+        """Where tokens are drawn."""
+        return self._runner.device
+
+    @property
     def free_slots(self) -> int:
         """How many replies could begin at once."""
         return sum(slot.request is None for slot in self._slots)
