@@ -11,6 +11,7 @@ import typer
 
 from salience.cli import bench
 from salience.cli.chat import chat
+from salience.cli.compare import compare
 from salience.cli.evaluate import evaluate
 from salience.cli.models import convert, inspect
 from salience.cli.quantize import plan, quantize, report
@@ -28,6 +29,7 @@ app.command()(quantize)
 app.command()(convert)
 app.command()(inspect)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(chat)
 app.command()(report)
 

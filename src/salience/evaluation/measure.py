@@ -23,7 +23,6 @@ from salience.errors import SalienceError
 from salience.evaluation.receipt import Receipt, Request
 from salience.evaluation.scores import Reference, Scores, score
 from salience.evaluation.speed import measure_speed
-from salience.evaluation.tasks import run_tasks
 from salience.inspection import inspect
 from salience.linear import QuantLinear
 from salience.loading import load_source, resolve_device
@@ -64,18 +63,18 @@ def measure(request: Request, progress: Progress | None = None) -> Receipt:
             with _phase(receipt.seconds, "speed"):
                 speed = measure_speed(
                     model,
+                    sampler,
                     options["batches"],
                     options["prompt"],
                     options["new"],
                     options["repeats"],
-                    sampler,
                     say,
                 )
             receipt.speed = [
                 {
                     "batch": row.batch,
-                    "prefill": list(row.prefill_tokens_per_second.values),
-                    "decode": list(row.decode_tokens_per_second.values),
+                    "prefill": list(row.prefill.values),
+                    "decode": list(row.decode.values),
                 }
                 for row in speed.rows
             ]
@@ -124,22 +123,33 @@ def _score(request: Request, model: Any, tokenizer: Any, progress: Progress) -> 
 
 def _tasks(
     options: dict[str, Any], model: Any, tokenizer: Any, progress: Progress
-) -> dict[str, dict[str, Any]]:
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores of documents, by what was asked for: those of all tasks of a group together."""
+    from salience.evaluation.tasks import run_tasks  # needs lm-eval, which is an extra
+
+    wanted, folder = list(options["tasks"]), options["task_folder"]
     found = run_tasks(
         model,
         tokenizer,
-        options["tasks"],
-        folder=options["task_folder"],
+        wanted,
+        folder=None if folder is None else Path(folder),
         limit=options["limit"],
         progress=progress,
-    )
-    return {
-        name: {
-            metric: {str(key): float(value) for key, value in documents.items()}
-            for metric, documents in task["documents"].items()
-        }
-        for name, task in found["tasks"].items()
-    }
+    )["tasks"]
+    groups = [name for name in wanted if name not in found]
+    loose = [name for name in found if name not in wanted]
+    scores: dict[str, dict[str, dict[str, float]]] = {}
+    for name in wanted:
+        own = [each for each in loose if each.startswith(f"{name}_") or len(groups) == 1]
+        pooled: dict[str, dict[str, float]] = {}
+        for task in own if name in groups else [name]:
+            ids = found[task]["document_ids"]
+            for metric, values in found[task]["documents"].items():
+                for key, value in zip(ids, values, strict=True):
+                    if isinstance(value, float):
+                        pooled.setdefault(metric, {})[f"{task}/{key}"] = value
+        scores[name] = pooled
+    return scores
 
 
 def _timeline(sampler: Sampler) -> tuple[list[list[float]], list[list[Any]]]:
