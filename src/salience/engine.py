@@ -70,8 +70,9 @@ def run_blocks(
     try:
         _Engine(tasks, tokens, on_disk).run(rehearse)
     except torch.OutOfMemoryError as error:
+        device = tasks[0][0].device
         raise DoesNotFitError(
-            f"{tasks[0][0].device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory "
+            f"{device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory "
             "that is really free, a shorter --seqlen, or --device cpu"
         ) from None
 

@@ -35,6 +35,7 @@ from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
 from salience.serving import summary
+from salience.source import Source, open_source
 from salience.writer import check_disk, check_file
 
 
@@ -176,9 +177,12 @@ def quantize_all(
         DoesNotFitError: too little memory.
         StorageError: a disk that is full or not writable; what is done is kept.
     """
+    for each in variants:
+        check_output(Path(each.out))  # before anything is fetched or read
+    source = open_source(model, trust_remote_code)
     works = [
         _prepare(
-            model,
+            source,
             Path(each.out),
             method=each.method,
             effort=each.effort,
@@ -219,7 +223,7 @@ class _Work:
 
 
 def _prepare(
-    model: str,
+    model: str | Source,
     target: Path,
     *,
     method: str | None = None,
@@ -240,7 +244,7 @@ def _prepare(
     pad_intermediate: int | None = None,
     trust_remote_code: bool = False,
 ) -> _Work:
-    """All that is refused before the work, and the work."""
+    """All that is refused before the work, and the work; options as of `quantize`."""
     start = time.perf_counter()
     check_output(target)  # before anything is fetched or read
     search = open_search(Path(from_search)) if from_search is not None else None
@@ -287,7 +291,7 @@ def _prepare(
         check_disk(target, need - held_bytes(target))
     tokens = text.tokens(source.tokenizer) if text else None
     report = Report(
-        model=model,
+        model=model if isinstance(model, str) else model.name,
         out=str(target),
         method=method,
         effort=effort,

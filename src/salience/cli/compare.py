@@ -163,8 +163,8 @@ def _work_folder(work: Path | None, out: Path | None) -> Iterator[Path]:
         yield work
         return
     if out is None:
-        with tempfile.TemporaryDirectory(prefix="salience-compare-") as folder:
-            yield Path(folder)
+        with tempfile.TemporaryDirectory(prefix="salience-compare-") as name:
+            yield Path(name)
         return
     folder = out.with_name(f"{out.name}.partial")
     yield folder

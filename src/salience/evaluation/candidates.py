@@ -97,7 +97,7 @@ def _parse(text: str, schemes: Sequence[str]) -> tuple[str, list[MadeBy | None]]
     first, colon, method = recipe.partition(":")
     if colon:
         return model, [_made_by(text, Scheme.parse(first), method)]
-    if first in _methods() and not (first == "nf4"):
+    if first in _methods() and first != "nf4":
         if not schemes:
             raise SalienceError(
                 f"{text} names no scheme; pass --scheme, or {text[: -len(first)]}w4g64:{first}"

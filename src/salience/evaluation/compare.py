@@ -156,7 +156,7 @@ class _Run:
         if recipe is None:
             return
         prepare(
-            candidate.model,
+            self._sources[candidate.model],
             method=recipe.method,
             effort=recipe.effort,
             scheme=recipe.scheme,

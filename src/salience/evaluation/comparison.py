@@ -125,8 +125,8 @@ def make_row(row: Row, reference: Row | None) -> None:
         return
     other = reference.receipt if reference is not None else None
     cells = row.cells
-    cells["disk"] = _counted(own.disk, other and other.disk)
-    cells["bits"] = _counted(own.bits, other and other.bits)
+    cells["disk"] = _counted(own.disk, other.disk if other else None)
+    cells["bits"] = _counted(own.bits, other.bits if other else None)
     for when in ("load", "peak"):
         for kind in ("ram", "vram"):
             value = own.memory[when][kind]

@@ -118,4 +118,3 @@ def _plain(text: str) -> str:
     for mark in "\\`*_|<>[]":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.splitlines())
-

@@ -91,7 +91,7 @@ def measure(request: Request, progress: Progress | None = None) -> Receipt:
             receipt.tasks = _tasks(options, model, tokenizer, say)
     with suppress(SalienceError):  # a checkpoint that others made has none
         report = read_report(Path(request.model))
-        receipt.layers = [[each.name, each.error] for each in report.linears]
+        receipt.layers = [[each.name, each.error, each.error_rtn] for each in report.linears]
     receipt.machine = describe()
     return receipt
 
@@ -104,9 +104,11 @@ def _score(request: Request, model: Any, tokenizer: Any, progress: Progress) -> 
         recorded.keep(folder)
         return recorded.scores
     theirs = read_json(Path(request.reference["receipt"]))
-    scores = Scores(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in theirs["text"].items()}
-    )
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in theirs["text"].items()
+    }
+    scores = Scores(**values)
     source = open_source(request.reference["model"], options["trust_remote_code"])
     dtype = getattr(torch, theirs["dtype"])
     device = resolve_device(options["device"])

@@ -41,7 +41,8 @@ class Receipt:
         speed: a row for each batch: `batch`, and rates of the repeats `prefill` and `decode`.
         text: `Scores`, None without a text.
         tasks: scores of documents in their order, by task and metric.
-        layers: output error of each linear, of a checkpoint that brings its report.
+        layers: of each linear its name, output error and plain rounding's, where the checkpoint
+            brings its report.
         seconds: by phase.
     """
 

@@ -249,5 +249,6 @@ def digits(value: float, spread: float, signed: bool = False) -> str:
     """A value with the digits that its spread leaves it, or three without one."""
     size = spread if 0 < spread < math.inf else abs(value) / 100
     exponent = math.floor(math.log10(size)) if size > 0 else 0
-    places = min(6, max(0, int(size < 3 * 10.0**exponent) - exponent))
+    more = 0 < size < 2.95 * 10.0**exponent  # two digits where the first is 1 or 2
+    places = min(6, max(0, more - exponent))
     return f"{value:{'+' if signed else ''}.{places}f}"
