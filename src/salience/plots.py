@@ -251,23 +251,30 @@ def key(names: Sequence[str]) -> str:
 
 
 def _name_points(axes: "Axes", points: Sequence[Point], log: bool) -> None:
-    """Write each point's mark beside it: above, or where another point is too near, lower down."""
+    """Write each point's mark beside it; the marks of points that lie together stand together."""
+    if not points:
+        return
     heights = [log10(point.y) if log else point.y for point in points]
     widths = [point.x for point in points]
     tall = (max(heights) - min(heights)) or 1.0
     wide = (max(widths) - min(widths)) or 1.0
-    placed: list[tuple[float, float]] = []
+    clusters: list[list[tuple[float, float, Point]]] = []
     for point, height in sorted(zip(points, heights, strict=True), key=lambda pair: -pair[1]):
-        across, up = (point.x - min(widths)) / wide, (height - min(heights)) / tall
-        beside = sum(abs(across - x) < 0.05 and abs(up - y) < 0.08 for x, y in placed)
-        placed.append((across, up))
-        side = -1 if beside % 2 else 1
+        place = (point.x / wide, height / tall, point)
+        near = [c for c in clusters if abs(c[-1][0] - place[0]) < 0.08]
+        near = [c for c in near if abs(c[-1][1] - place[1]) < 0.07]
+        if near:
+            near[0].append(place)
+        else:
+            clusters.append([place])
+    for cluster in clusters:
+        middle = cluster[len(cluster) // 2][2]
         axes.annotate(
-            point.mark,
-            (point.x, point.y),
-            xytext=(side * (7 + 12 * (beside // 2)), 3),
+            ", ".join(point.mark for _, _, point in cluster),
+            (max(point.x for _, _, point in cluster), middle.y),
+            xytext=(7, 0),
             textcoords="offset points",
-            ha="left" if side > 0 else "right",
+            va="center",
             color=_MUTED,
         )
 

@@ -158,8 +158,13 @@ def measured_for(row: Row, conditions: Sequence[Condition]) -> dict[Condition, I
 def judge(comparison: Comparison, text: str, conditions: Sequence[Condition]) -> None:
     """Hold all models but the reference against a gate."""
     comparison.gate = text
-    measured = {row.name: measured_for(row, conditions) for row in comparison.rows[1:]}
-    comparison.failures = check_gate(conditions, measured)
+    failures: list[Failure] = []
+    for row in comparison.rows[1:]:
+        if row.error:
+            failures.append(Failure(row.name, conditions[0], None, row.error))
+        else:
+            failures += check_gate(conditions, {row.name: measured_for(row, conditions)})
+    comparison.failures = failures
 
 
 def _measured(row: Row, condition: Condition) -> Interval | None:
@@ -263,8 +268,11 @@ def _conclusion(comparison: Comparison) -> list[str]:
     reference, others = comparison.reference, comparison.rows[1:]
     lines = []
     if comparison.failures is not None:
-        passed = not comparison.failures
-        lines.append("The gate holds." if passed else "The gate does not hold.")
+        failing = {failure.model for failure in comparison.failures}
+        held = [row.name for row in others if row.name not in failing]
+        lost = [row.name for row in others if row.name in failing]
+        held_text = f"The gate holds for {_and(held)}" if held else "The gate holds for no model"
+        lines.append(f"{held_text}{f', and not for {_and(lost)}' if held and lost else ''}.")
     if reference.error:
         return [*lines, f"The reference could not be measured: {reference.error}"]
     judged = [row for row in others if row.verdict is not None]

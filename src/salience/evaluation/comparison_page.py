@@ -20,6 +20,7 @@ from salience.evaluation.statistics import Interval, exact
 from salience.html_page import document, figure, figures, seconds
 
 _MOST_PLOTS = 24  # of one sort
+_FEW = 5  # lines that are shown unfolded
 
 _STYLE = """
 .lead { background: var(--card); border-radius: 8px; padding: 14px 18px; margin: 16px 0; }
@@ -34,6 +35,7 @@ _STYLE = """
 .models { min-width: 100%; }
 .models th { vertical-align: bottom; white-space: normal; min-width: 5.5rem; }
 .models td { padding-right: 18px; }
+.models tbody th { vertical-align: top; }
 .models b { font-weight: 600; }
 .models small { display: block; color: var(--muted); font-size: .8rem; }
 .models .model, .models thead th:first-child { position: sticky; left: 0;
@@ -97,7 +99,11 @@ def _lead(comparison: Comparison) -> str:
         kind, word = ("fail", "gate failed") if comparison.failures else ("pass", "gate passed")
         wanted = f'<span class="kind {kind}">{word}</span> <code>{escape(comparison.gate)}</code>'
         items = "".join(f"<li>{escape(str(each))}</li>" for each in comparison.failures)
-        lines.append(f"<p>{wanted}</p>" + (f"<ul>{items}</ul>" if items else ""))
+        count = len(comparison.failures)
+        opened = " open" if count <= _FEW else ""
+        what = f"{count} condition{'s' if count != 1 else ''} not met"
+        details = f"<details{opened}><summary>{what}</summary><ul>{items}</ul></details>"
+        lines.append(f"<p>{wanted}</p>" + (details if count else ""))
     return f'<div class="lead">{"".join(lines)}</div>'
 
 
@@ -111,7 +117,7 @@ def _table(comparison: Comparison) -> str:
         said = _verdict(row, comparison.reference)
         rows.append(f'<tr>{name}<td class="verdict">{said}</td>{"".join(cells)}</tr>')
     return (
-        "<h2>All models</h2><p>Beside each value its interval of 95 %, and what it comes to beside "
+        "<h2>All models</h2><p>Below each value its interval of 95 %, and what it comes to beside "
         "the reference. On a narrow screen the table scrolls.</p>"
         '<div class="wide" tabindex="0"><table class="models"><thead><tr>'
         f'<th scope="col">model</th><th scope="col">verdict</th>{head}</tr></thead>'
@@ -173,7 +179,7 @@ def _quality(comparison: Comparison) -> str:
         return ""
     what = "perplexity / reference's" if metric == "perplexity" else f"{metric}, points beside"
     low, high = min(p.y for p in points), max(p.y for p in points)
-    log = metric == "perplexity" and low > 0 and high / low > 3
+    log = metric == "perplexity" and low > 0 and high / low > 1.5
     svg = plots.scatter(f"{what} against bytes", "disk, MiB", what, points, log)
     names = ", ".join(f"{number} {row.name}" for number, row, _ in found)
     better = "up" if sign < 0 else "down"

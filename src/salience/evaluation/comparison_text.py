@@ -48,6 +48,8 @@ def show(metric: str, cell: Cell | None) -> tuple[str, str]:
     scale = 100.0 if metric == "agreement" else scale
     spread = cell.value.half * scale
     texts = [digits(each * scale, spread) for each in (value, low, high)]
+    if metric == "perplexity":  # whose value is compared with others' to two places
+        texts[0] = f"{value:.2f}"
     unit = " %" if metric == "agreement" else ""
     return f"{texts[0]}{unit}", f"{texts[1]} to {texts[2]}" if spread < 1e300 else "unknown"
 

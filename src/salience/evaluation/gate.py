@@ -81,15 +81,23 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A condition that does not hold for a model: the line to print."""
+    """A condition that does not hold for a model: the line to print.
+
+    Args:
+        measured: None for what was not measured.
+        reason: why nothing was.
+    """
 
     model: str
     condition: Condition
     measured: Interval | None
+    reason: str = ""
 
     def __str__(self) -> str:
         wanted = f"wanted {'at most' if self.condition.at_most else 'at least'} "
         wanted += _shown(self.condition, self.condition.limit)
+        if self.reason:
+            return f"{self.model}: it could not be measured: {self.reason}"
         if self.measured is None:
             return f"{self.model}: {self.condition.metric} was not measured, {wanted}"
         value, low, high = (
