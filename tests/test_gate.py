@@ -72,7 +72,7 @@ def test_conditions(text: str, metric: str, limit: float, relative: bool) -> Non
     ],
 )
 def test_what_is_not_understood_is_one_line(text: str, message: str) -> None:
-    with pytest.raises(SalienceError, match="^--gate ") as caught:
+    with pytest.raises(SalienceError, match=r"^--gate ") as caught:
         parse_gate(text, ["mmlu"], BATCHES)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)

@@ -283,7 +283,7 @@ def _new(height: float, width: float = _WIDTH) -> "tuple[Figure, Axes]":
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SalienceError("plots need matplotlib; pip install matplotlib") from None
+        raise SalienceError("plots need matplotlib; pip install 'salience[plots]'") from None
     with _settings(""):
         figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()

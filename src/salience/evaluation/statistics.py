@@ -247,6 +247,8 @@ def _exp(value: float) -> float:
 
 def digits(value: float, spread: float, signed: bool = False) -> str:
     """A value with the digits that its spread leaves it, or three without one."""
+    if not math.isfinite(value):
+        return "unknown"
     size = spread if 0 < spread < math.inf else abs(value) / 100
     exponent = math.floor(math.log10(size)) if size > 0 else 0
     more = 0 < size < 2.95 * 10.0**exponent  # two digits where the first is 1 or 2
