@@ -130,6 +130,8 @@ LAYERS = {
     "salience.chat.prompt": 70,
     "salience.chat.reply": 71,
     "salience.evaluation": 70,
+    "salience.evaluation.statistics": 70,
+    "salience.evaluation.gate": 71,
     "salience.evaluation.parts": 70,
     "salience.evaluation.scores": 71,
     "salience.evaluation.perplexity": 72,
@@ -186,7 +188,7 @@ WRAPPERS = {
     "accelerate": {"salience.placement", "salience.source"},
     "huggingface_hub": {"salience.source"},
     "gguf": {"salience.checkpoint", "salience.gguf_writer"},
-    "datasets": {"salience.calibration"},
+    "datasets": {"salience.calibration", "salience.evaluation.tasks"},
     "humming": {"salience.bench._humming"},
     "matplotlib": {"salience.plots", "salience.bench.plot"},
     "rich": {

@@ -2,8 +2,9 @@
 
 Three different numbers are called "GPU memory": what torch's tensors take, what torch has reserved
 for them, and what all programs on the device take, which the driver tells. A fourth, what this one
-process takes with CUDA's own context, only NVML tells (package nvidia-ml-py). Resident memory counts
-mapped weights that were touched, and a container's limit is its cgroup's, not the machine's.
+process takes with CUDA's own context, only NVML tells (package nvidia-ml-py). Resident memory
+counts mapped weights that were touched, and a container's limit is its cgroup's, not the
+machine's.
 
 A peak is not to be had by asking before and after: `Sampler` asks ten times a second in a thread of
 its own. When it has asked often it drops every second sample but those that are a peak so far, and

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from salience.cli.console import (
+    parse_numbers,
     parse_rules,
     parse_size,
     print_json,
@@ -91,7 +92,7 @@ def kernels(
     """Time every kernel for low-bit weights, beside a dense product and what memory allows."""
     schemes = _schemes(scheme)
     wanted = None if shapes is None else [_pair(text) for text in shapes.split(",")]
-    counts = None if tokens is None else _numbers("--tokens", tokens)
+    counts = None if tokens is None else parse_numbers("--tokens", tokens)
     _check_files(out, plot)
     from salience.bench.kernels import (
         CPU_SHAPES,
@@ -164,7 +165,7 @@ def decode(
 ) -> None:
     """Time the generation of tokens by MODEL, or by random weights of a --shape."""
     _one_of(model, shape, layers is None and scheme is None and not rule)
-    batches = _numbers("--batch", batch)
+    batches = parse_numbers("--batch", batch)
     recipe = Recipe(Scheme.parse(scheme or "w4g128"), parse_rules(rule))
     _check_files(out, plot)
     from salience.bench.decode import Shape, Stored, Task, bench_decode
@@ -366,13 +367,6 @@ def _pair(text: str) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isdecimal() and 0 < int(part) < 2**20 for part in parts):
         raise SalienceError(f"shape {text!r} is not understood; write it like 4096x14336, INxOUT")
     return int(parts[0]), int(parts[1])
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    parts = text.split(",")
-    if not all(part.isdecimal() and 0 < int(part) < 2**20 for part in parts):
-        raise SalienceError(f"{option} {text!r} is not understood; write it like 1,4,16")
-    return [int(part) for part in parts]
 
 
 def _dtype(name: ActivationName | None, device: "torch.device") -> "torch.dtype | None":

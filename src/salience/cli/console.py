@@ -84,6 +84,18 @@ def parse_size(text: str | None) -> int | None:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
+def parse_numbers(option: str, text: str) -> list[int]:
+    """The numbers of a text such as "1,4,16", which `option` was given.
+
+    Raises:
+        SalienceError: it is no such text.
+    """
+    parts = text.split(",")
+    if not all(part.isdecimal() and 0 < int(part) < 2**20 for part in parts):
+        raise SalienceError(f"{option} {text!r} is not understood; write it like 1,4,16")
+    return [int(part) for part in parts]
+
+
 def parse_rules(texts: list[str] | None) -> tuple[tuple[str, Scheme], ...]:
     """The (pattern, scheme) pairs of texts such as "lm_head=w8g128".
 

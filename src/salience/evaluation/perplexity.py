@@ -1,4 +1,4 @@
-"""Perplexity, by the protocol that the quantization papers use: see `salience.evaluation.scores`."""
+"""Perplexity alone, by the protocol that the quantization papers use: see `scores`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ from salience.writer import disk_errors
 Progress = Callable[[str, int, int], None]
 
 _HEAD_NUMBERS = 2**24  # logits that are made at once
-_SLICE_NUMBERS = 2**21  # logits that are looked at together: a few fit in a cache
+_SLICE_NUMBERS = 2**18  # logits that are looked at together: a few such fit in a cache
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ hide it.
 
 import statistics
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from salience.bench.measure import require_memory
 from salience.bench.shapes import resident
 from salience.errors import SalienceError
 from salience.monitor import Memory, Sampler
+from salience.placement import input_device
 from salience.runtime import Engine
 from salience.runtime.cache import padded
 from salience.runtime.limits import context_limit
@@ -47,14 +50,14 @@ class SpeedRow:
 
     Args:
         batch: sequences at once.
-        prefill: tokens of prompts a second, until each has its first token.
-        decode: new tokens a second, while all run.
+        prefill_tokens_per_second: of prompts, until each has its first token.
+        decode_tokens_per_second: new ones, while all run.
         peak: memory while both were measured.
     """
 
     batch: int
-    prefill: Spread
-    decode: Spread
+    prefill_tokens_per_second: Spread
+    decode_tokens_per_second: Spread
     peak: Memory
 
 
@@ -84,22 +87,22 @@ class Speed:
 
 def measure_speed(
     model: Any,
-    sampler: Sampler,
     batches: Sequence[int] = (1, 4, 16),
     prompt: int = 128,
     new: int = 64,
     repeats: int = 3,
+    sampler: Sampler | None = None,
     progress: Progress | None = None,
 ) -> Speed:
     """Generate with a model in the engine, which merges some of its linears, in place.
 
     Args:
         model: on its devices.
-        sampler: running; it gets a mark for each batch.
         batches: sequences at once, each measured.
         prompt: tokens of a prompt; less where the model was made for less.
         new: tokens of a reply, likewise.
         repeats: how often.
+        sampler: a running one, which gets marks; None for one of its own.
         progress: called with (phase, done, total).
 
     Raises:
@@ -114,28 +117,36 @@ def measure_speed(
     held = resident(model, model.config.dtype)
     random = torch.Generator().manual_seed(0)
     rows = []
-    for number, batch in enumerate(batches):
-        if progress is not None:
-            progress(f"batch {batch}", number, len(batches))
-        engine = Engine(model, max_context=prompt + new, max_batch=batch)
-        cache = batch * padded(prompt + new + 1) * held.token
-        require_memory(cache, engine.device, f"the cache of batch {batch}", "use a smaller --batch")
-        warm_up(engine, random_prompts(model, batch, prompt, random), new)
-        sampler.mark(name := f"prefill, batch {batch}")
-        prefill = [
-            batch * prompt / time_prefill(engine, random_prompts(model, batch, prompt, random))
-            for _ in range(repeats)
-        ]
-        first = sampler.peak_of(name)
-        sampler.mark(name := f"decode, batch {batch}")
-        decode = []
-        for _ in range(repeats):
-            prompts = random_prompts(model, batch, prompt, random)
-            decode.append(batch / time_decode(engine, prompts, new).step_seconds)
-        peak = first.larger(sampler.peak_of(name))
-        rows.append(SpeedRow(batch, Spread.of(prefill), Spread.of(decode), peak))
-        del engine
+    with Sampler() if sampler is None else nullcontext(sampler) as running:
+        for number, batch in enumerate(batches):
+            if progress is not None:
+                progress(f"batch {batch}", number, len(batches))
+            cache = batch * padded(prompt + new + 1) * held.token
+            mend = "use a smaller --batch"
+            require_memory(cache, input_device(model), f"the cache of batch {batch}", mend)
+            make = partial(random_prompts, model, batch, prompt, random)
+            rows.append(_row(model, make, batch, prompt, new, repeats, running))
     if progress is not None:
         progress("done", len(batches), len(batches))
-    device = str(model.device)
+    device = str(input_device(model))
     return Speed(device, prompt, new, held.weights, held.token, tuple(rows))
+
+
+def _row(
+    model: Any,
+    prompts: Callable[[], list[list[int]]],
+    batch: int,
+    prompt: int,
+    new: int,
+    repeats: int,
+    sampler: Sampler,
+) -> SpeedRow:
+    engine = Engine(model, max_context=prompt + new, max_batch=batch)
+    warm_up(engine, prompts(), new)
+    sampler.mark(filling := f"prefill, batch {batch}")
+    prefill = [batch * prompt / time_prefill(engine, prompts()) for _ in range(repeats)]
+    peak = sampler.peak_of(filling)
+    sampler.mark(running := f"decode, batch {batch}")
+    decode = [batch / time_decode(engine, prompts(), new).step_seconds for _ in range(repeats)]
+    peak = peak.larger(sampler.peak_of(running))
+    return SpeedRow(batch, Spread.of(prefill), Spread.of(decode), peak)

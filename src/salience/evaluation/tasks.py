@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from salience.errors import SalienceError
 from salience.placement import input_device
@@ -37,6 +37,18 @@ except ImportError as error:
 Progress = Callable[[str, int, int], None]
 
 _TALKERS = ("lm_eval", "datasets", "transformers", "evaluate", "accelerate", "huggingface_hub")
+
+
+def check_tasks(tasks: Sequence[str], folder: Path | None, verbose: bool = False) -> None:
+    """Find tasks and their data, for an error before hours of other work; as of `run_tasks`.
+
+    Raises:
+        SalienceError: no such task, or data that is not to be had.
+    """
+    with _quiet(verbose):
+        names, manager = _manager(tasks, folder)
+        with _task_errors(names):
+            manager.load(list(names))
 
 
 def run_tasks(
@@ -66,10 +78,10 @@ def run_tasks(
 
     Returns:
         `tasks`, for each by its name `metrics` (lm-eval's own names, such as "acc,none"),
-        `higher_is_better`, `documents` (for each metric a list of scores, in the order of
-        `document_ids`), `n`, `version` and `num_fewshot`; `groups`, metrics by name; and
-        `lm_eval`, the version. What lm-eval hands on as a pair, such as the log-likelihood and the
-        words of a document, is a list.
+        `higher_is_better`, `documents` (for each metric the score of each document, by its
+        number), `n`, `version` and `num_fewshot`; `groups`, metrics by name; and `lm_eval`, the
+        version. What lm-eval hands on as a pair, such as the log-likelihood and the words of a
+        document, is a list.
 
     Raises:
         SalienceError: no such task, data that is not to be had, or a task that runs code.
@@ -77,14 +89,18 @@ def run_tasks(
     with _quiet(verbose):
         names, manager = _manager(tasks, folder)
         # It gives its tokenizer a padding token, hence a copy.
-        lm = HFLM(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, backend="causal"
-        )
-        lm._device = input_device(model)
+        with _plain_config(model.config):
+            lm = HFLM(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),
+                batch_size=batch_size,
+                backend="causal",
+            )
+        lm._device = cast(Any, input_device(model))
         if progress is not None:
-            lm.set_cache_hook(_Counter(progress))
+            lm.set_cache_hook(cast(Any, _Counter(progress)))
             progress("reading the data", 0, 1)
-        try:
+        with _task_errors(names):
             found = simple_evaluate(
                 model=lm,
                 tasks=list(names),
@@ -93,10 +109,17 @@ def run_tasks(
                 limit=limit,
                 bootstrap_iters=0,
             )
-        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SalienceError(f"tasks {', '.join(names)}: {reason}") from error
     return _summary(found)
+
+
+@contextmanager
+def _task_errors(names: Sequence[str]) -> Iterator[None]:
+    """One line for what is wrong with a task or its data."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SalienceError(f"tasks {', '.join(names)}: {reason}") from error
 
 
 def _summary(found: Any) -> dict[str, Any]:
@@ -106,7 +129,7 @@ def _summary(found: Any) -> dict[str, Any]:
             name: {
                 "metrics": _metrics(found["results"][name]),
                 "higher_is_better": found["higher_is_better"].get(name, {}),
-                **_documents(samples),
+                "documents": _documents(samples),
                 "n": found["n-samples"][name]["effective"],
                 "version": found["versions"].get(name),
                 "num_fewshot": found["n-shot"].get(name),
@@ -127,16 +150,14 @@ def _metrics(values: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _documents(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _documents(samples: Sequence[Mapping[str, Any]]) -> dict[str, dict[int, Any]]:
     """Scores of each document; a task with several filters has each document several times."""
-    scores: dict[str, list[Any]] = {}
-    ids: list[int] = []
+    scores: dict[str, dict[int, Any]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            scores.setdefault(f"{metric},{sample['filter']}", []).append(_plain(sample[metric]))
-        if sample["filter"] == samples[0]["filter"]:
-            ids.append(sample["doc_id"])
-    return {"document_ids": ids, "documents": scores}
+            column = scores.setdefault(f"{metric},{sample['filter']}", {})
+            column[sample["doc_id"]] = _plain(sample[metric])
+    return scores
 
 
 def _plain(value: Any) -> Any:
@@ -201,6 +222,17 @@ class _Counter:
     def add_partial(self, kind: str, request: Any, answer: Any) -> None:
         self._done += 1
         self._progress(f"{kind} requests", self._done, 0)
+
+
+@contextmanager
+def _plain_config(config: Any) -> Iterator[None]:
+    """Hide how a model is stored: lm-eval would ask for the tools that load such ones."""
+    stored = vars(config).pop("quantization_config", None)
+    try:
+        yield
+    finally:
+        if stored is not None:
+            config.quantization_config = stored
 
 
 @contextmanager
