@@ -242,6 +242,7 @@ def test_kept_checkpoints(small: Path, options: Options, here: list[str], tmp_pa
         (["--gate", "decode>=1x", "--no-speed"], "--no-speed"),
         (["--batch", "1,x"], "--batch '1,x' is not understood"),
         (["--text", "nowhere.txt"], "text nowhere.txt does not exist"),
+        (["--task-folder", "."], "name some with --tasks"),
         (["--scheme", "w4g48", "@rtn"], "group size 48 does not divide"),
         (["@w4g64:best"], "there is no method 'best'"),
         (["missing-folder/model"], "missing-folder"),
@@ -320,3 +321,30 @@ def test_a_comparison_without_quality_says_so(
     found: Comparison = compare(candidates(small, broken), none, tmp_path / "work")
     assert found.metrics[:2] == ["disk", "bits"] and "perplexity" not in found.metrics
     assert found.rows[1].verdict is None
+
+
+def test_tasks_are_compared_document_by_document(
+    small: Path, broken: Path, options: Options, here: list[str], tmp_path: Path
+) -> None:
+    """A task and a group, of which the gate knows both; scores are lm-eval's own."""
+    from helpers_tasks import write_tasks
+    from salience.evaluation.tasks import run_tasks
+
+    folder = write_tasks(tmp_path / "tasks")
+    values = {"text": None, "tasks": ("tiny_generate", "tiny_group"), "task_folder": str(folder)}
+    asked = Options(**{**vars_of(options), **values})
+    gate = "tiny_group>=-100; tiny_generate>=+200"
+    found = compare(candidates(small, broken), asked, tmp_path / "work", gate=gate)
+    own = run_tasks(
+        salience.load(broken), open_source(str(broken)).tokenizer, ["tiny_choice"], folder
+    )
+    cell = found.rows[1].cells["tiny_group"]
+    assert cell.value.value == own["tasks"]["tiny_choice"]["metrics"]["acc_norm,none"]
+    reference = found.rows[0].cells["tiny_group"].value.value
+    assert cell.change is not None
+    assert cell.change.value == pytest.approx(cell.value.value - reference)
+    assert cell.sign is not None and 0 < cell.sign <= 1
+    assert [f.condition.metric for f in found.failures or ()] == ["tiny_generate"]
+    with pytest.raises(SalienceError, match="no task 'nothing'"):
+        wrong = Options(**{**vars_of(asked), "tasks": ("nothing",)})
+        compare(candidates(small, broken), wrong, tmp_path / "other")

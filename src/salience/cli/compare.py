@@ -128,6 +128,8 @@ def compare(
         kernel=kernel,
         trust_remote_code=trust_remote_code,
     )
+    if task_folder is not None and not options.tasks:
+        raise SalienceError("--task-folder has tasks to choose from; name some with --tasks")
     for file in (out, markdown):
         if file is not None:
             _check_new(file, force)

@@ -140,6 +140,11 @@ class _Run:
         self.errors: dict[str, str] = {}
         text = options.text
         self._text = None if text is None else _digest(read_text(text))
+        if options.tasks:
+            from salience.evaluation.tasks import check_tasks  # needs lm-eval, which is an extra
+
+            folder = options.task_folder
+            check_tasks(options.tasks, None if folder is None else Path(folder))
         self._sources: dict[str, Source] = {}
         for each in candidates:
             self._check(each)

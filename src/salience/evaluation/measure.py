@@ -63,18 +63,18 @@ def measure(request: Request, progress: Progress | None = None) -> Receipt:
             with _phase(receipt.seconds, "speed"):
                 speed = measure_speed(
                     model,
-                    sampler,
-                    options["batches"],
-                    options["prompt"],
-                    options["new"],
-                    options["repeats"],
-                    say,
+                    batches=options["batches"],
+                    prompt=options["prompt"],
+                    new=options["new"],
+                    repeats=options["repeats"],
+                    sampler=sampler,
+                    progress=say,
                 )
             receipt.speed = [
                 {
                     "batch": row.batch,
-                    "prefill": list(row.prefill.values),
-                    "decode": list(row.decode.values),
+                    "prefill": list(row.prefill_tokens_per_second.values),
+                    "decode": list(row.decode_tokens_per_second.values),
                 }
                 for row in speed.rows
             ]
@@ -145,9 +145,8 @@ def _tasks(
         own = [each for each in loose if each.startswith(f"{name}_") or len(groups) == 1]
         pooled: dict[str, dict[str, float]] = {}
         for task in own if name in groups else [name]:
-            ids = found[task]["document_ids"]
-            for metric, values in found[task]["documents"].items():
-                for key, value in zip(ids, values, strict=True):
+            for metric, documents in found[task]["documents"].items():
+                for key, value in documents.items():
                     if isinstance(value, float):
                         pooled.setdefault(metric, {})[f"{task}/{key}"] = value
         scores[name] = pooled
