@@ -237,6 +237,7 @@ def test_kept_checkpoints(small: Path, options: Options, here: list[str], tmp_pa
     ("words", "message"),
     [
         (["--gate", "perplexity<1"], "--gate 'perplexity<1' is not understood"),
+        (["--gate", "kl<=0.1"], "--gate asks for kl, which needs a --text"),
         (["--gate", "mmlu>=-1"], "'mmlu' is no metric"),
         (["--gate", "decode@2>=1x"], "the batches timed are 1, 4, 16"),
         (["--gate", "decode>=1x", "--no-speed"], "--no-speed"),

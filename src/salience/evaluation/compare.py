@@ -111,6 +111,9 @@ def compare(
     """
     start = time.perf_counter()
     conditions = parse_gate(gate, options.tasks, options.batches) if gate is not None else []
+    for each in conditions:
+        if options.text is None and each.metric in ("perplexity", "kl", "agreement"):
+            raise SalienceError(f"--gate asks for {each.metric}, which needs a --text")
     run = _Run(candidates, options, work, keep, progress, on_line)
     run.make()
     rows = run.measure()
