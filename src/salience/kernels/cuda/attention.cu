@@ -228,7 +228,7 @@ __device__ __forceinline__ void add(float4& sum, float4 x, float factor) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 attend(const u16* q, const u16* k, const u16* v, const char* positions, const char* sinks, u16* out,
        int q_row, int q_head, int k_row, int k_head, int k_key, int v_row, int v_head, int v_key,
-       int kv_heads, int length, int window, int ahead, float scale, float softcap) {
+       int position_step, int kv_heads, int length, int window, int ahead, float scale, float softcap) {
     extern __shared__ __align__(16) char dynamic[];
     Shared& shared = *reinterpret_cast<Shared*>(dynamic);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -236,7 +236,7 @@ attend(const u16* q, const u16* k, const u16* v, const char* positions, const ch
     const int kv_head = pair % kv_heads, first_head = kv_head * GROUP + blockIdx.y * HEADS;
     const int here = min(HEADS, GROUP - static_cast<int>(blockIdx.y) * HEADS);  // heads
     const long long row = pair / kv_heads;
-    positions += row * POSITION_BYTES;
+    positions += row * position_step * POSITION_BYTES;
     const Cache cache = {k + row * k_row + static_cast<long long>(kv_head) * k_head,
                          v + row * v_row + static_cast<long long>(kv_head) * v_head, k_key, v_key};
 
