@@ -92,9 +92,9 @@ void copy(u32* to, const u16* from, int bytes) {
   if (reinterpret_cast<size_t>(from) % bytes) { puts("not aligned"); abort(); }
   memcpy(to, from, bytes);
 }
-void load16(u32* to, const u16* from) { copy(to, from, 16); }
-void load8(u32* to, const u16* from) { copy(to, from, 8); }
-void load4(u32* to, const u16* from) { copy(to, from, 4); }
+template <int AT> void load16(u32* to, const u16* from) { copy(to, from + AT / 2, 16); }
+template <int AT> void load8(u32* to, const u16* from) { copy(to, from + AT / 2, 8); }
+template <int AT> void load4(u32* to, const u16* from) { copy(to, from + AT / 2, 4); }
 long long load_position(const void* from) {
   long long found = POSITION_BYTES == 8 ? *static_cast<const long long*>(from)
                                         : *static_cast<const int*>(from);
@@ -140,9 +140,21 @@ void launch_dependents() {}
 void wait_for_inputs() {}
 void cluster_arrive() { now->round = arrive(cluster_all, THREADS * SPLITS); }
 void cluster_wait() { while (cluster_all.round == now->round) give_way(); }
-template <class T> void send(T* place, int rank, T x) {
-  const size_t at = reinterpret_cast<char*>(place) - now->home->memory;
-  *reinterpret_cast<T*>((*cluster)[rank].memory + at) = x;
+void barrier_init(u64* barrier) { *barrier = 0; }
+void barrier_expect(u64* barrier, int bytes) {
+  int* at = reinterpret_cast<int*>(barrier);  // bytes to come, whether that is known
+  at[0] += bytes, at[1]++;
+}
+void barrier_wait(u64* barrier) {
+  volatile int* at = reinterpret_cast<int*>(barrier);
+  while (at[0] != 0 || at[1] != 1) give_way();
+}
+template <class T> T* there(T* place, int rank) {
+  return reinterpret_cast<T*>((*cluster)[rank].memory + (reinterpret_cast<char*>(place) - now->home->memory));
+}
+template <class T> void send(T* place, int rank, T x, u64* barrier) {
+  *there(place, rank) = x;
+  *reinterpret_cast<int*>(there(barrier, rank)) -= sizeof x;
 }
 """
 

@@ -12,8 +12,9 @@
 //
 // Each warp keeps a maximum m of its scores (base 2) and, relative to it, the sum of weights and of
 // weighted values. The warps' are put together in shared memory. Then each block sends what it found
-// to the others, each of which has a share of the columns to put together: they write into memory
-// of the receiver and meet once, so nobody waits for a far read, nor leaves while others read.
+// to the others, each of which has a share of the columns to put together. A write tells a barrier of
+// the receiver how many bytes have come (st.async), and the receiver knows how many will: so nobody
+// waits for a far read, or for a barrier of all, nor leaves while others read.
 //
 // Before the first read of q and of the cache the kernel waits for the one before it. Till then it
 // asks the L2 for its keys by the position that it finds, which may be an old one. After the wait it
@@ -44,6 +45,7 @@ struct alignas(16) Shared {
 #if SPLITS > 1
     float4 received[SPLITS][(HEADS * QUADS + SPLITS - 1) / SPLITS];
     float2 received_sums[SPLITS][HEADS];
+    u64 barrier;
 #endif
     float2 sums[WARPS][HEADS];  // maximum, sum of weights
     float sinks[HEADS];
@@ -59,18 +61,23 @@ struct alignas(16) Shared {
 #define HALF "f16"
 #endif
 
+// From AT bytes after `from`
+template <int AT>
 __device__ __forceinline__ void load16(u32* to, const u16* from) {
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from));
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4 + %5];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "l"(from), "n"(AT));
 }
 
+template <int AT>
 __device__ __forceinline__ void load8(u32* to, const u16* from) {
-    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"
-                 : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+    asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2 + %3];"
+                 : "=r"(to[0]), "=r"(to[1]) : "l"(from), "n"(AT));
 }
 
+template <int AT>
 __device__ __forceinline__ void load4(u32* to, const u16* from) {
-    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+    asm volatile("ld.global.L1::no_allocate.u32 %0, [%1 + %2];"
+                 : "=r"(to[0]) : "l"(from), "n"(AT));
 }
 
 // From the L2, never from what this processor has kept
@@ -126,42 +133,67 @@ __device__ __forceinline__ void wait_for_inputs() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// A warp arrives as one: where a lane is late, it would count twice.
+// Of threads, not of memory. A warp arrives as one: where a lane is late, it would count twice.
 __device__ __forceinline__ void cluster_arrive() {
     __syncwarp();
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
 }
 
 __device__ __forceinline__ void cluster_wait() {
+    __syncwarp();
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ u32 address(const void* place) {
+    return static_cast<u32>(__cvta_generic_to_shared(place));
 }
 
 // The same place in the shared memory of another block of the cluster
 __device__ __forceinline__ u32 there(const void* place, int rank) {
     u32 found;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(found)
-                 : "r"(static_cast<u32>(__cvta_generic_to_shared(place))), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address(place)), "r"(rank));
     return found;
 }
 
-__device__ __forceinline__ void send(float4* place, int rank, float4 x) {
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
-                 :: "r"(there(place, rank)), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w) : "memory");
+__device__ __forceinline__ void barrier_init(u64* barrier) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(address(barrier)) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-__device__ __forceinline__ void send(float2* place, int rank, float2 x) {
-    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};"
-                 :: "r"(there(place, rank)), "f"(x.x), "f"(x.y) : "memory");
+__device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                 :: "r"(address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(u64* barrier) {
+    asm volatile("{.reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
+                 "@!done bra again;}" :: "r"(address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void send(float4* place, int rank, float4 x, u64* barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+                 "[%0], {%1, %2, %3, %4}, [%5];"
+                 :: "r"(there(place, rank)), "f"(x.x), "f"(x.y), "f"(x.z), "f"(x.w),
+                    "r"(there(barrier, rank)) : "memory");
+}
+
+__device__ __forceinline__ void send(float2* place, int rank, float2 x, u64* barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                 :: "r"(there(place, rank)), "f"(x.x), "f"(x.y), "r"(there(barrier, rank)) : "memory");
 }
 
 // ---- the kernel ----------------------------------------------------------------------------
 
 // A row of K or q, of which lane t of four has every fourth 16 bytes; what is left is cut likewise.
-__device__ __forceinline__ void load_row(u32 (&to)[DIM / 8], const u16* row, int t) {
-#pragma unroll
-    for (int i = 0; i < DIM / 32; i++) load16(to + 4 * i, row + 32 * i + 8 * t);
-    if constexpr (DIM % 32) load8(to + DIM / 32 * 4, row + DIM / 32 * 32 + 4 * t);
+template <int I = 0>
+__device__ __forceinline__ void load_row(u32* to, const u16* row, int t) {
+    if constexpr (I < DIM / 32) {
+        load16<64 * I>(to + 4 * I, row + 8 * t);
+        load_row<I + 1>(to, row, t);
+    } else if constexpr (DIM % 32) {
+        load8<64 * I>(to + 4 * I, row + 4 * t);
+    }
 }
 
 // The four columns that lane t has for step s of 16
@@ -176,11 +208,15 @@ __device__ __forceinline__ int column(int r, int g) {
     return VALUES / 32 * 32 + 2 * g;
 }
 
-__device__ __forceinline__ void load_values(u32 (&to)[VALUES / 16], const u16* row, int g) {
-#pragma unroll
-    for (int i = 0; i < VALUES / 64; i++) load16(to + 4 * i, row + 64 * i + 8 * g);
-    if constexpr (VALUES & 32) load8(to + VALUES / 64 * 4, row + column(VALUES / 64 * 4, g));
-    if constexpr (VALUES & 16) load4(to + VALUES / 32 * 2, row + column(VALUES / 32 * 2, g));
+template <int I = 0>
+__device__ __forceinline__ void load_values(u32* to, const u16* row, int g) {
+    if constexpr (I < VALUES / 64) {
+        load16<128 * I>(to + 4 * I, row + 8 * g);
+        load_values<I + 1>(to, row, g);
+    } else {
+        if constexpr (VALUES & 32) load8<128 * I>(to + 4 * I, row + 4 * g);
+        if constexpr (VALUES & 16) load4<VALUES / 32 * 64>(to + VALUES / 32 * 2, row + 2 * g);
+    }
 }
 
 struct Span {  // of keys: of the row, and of this block
@@ -242,24 +278,19 @@ attend(const u16* q, const u16* k, const u16* v, const char* positions, const ch
 
     launch_dependents();
 #if SPLITS > 1
-    cluster_arrive();  // that all have begun: only then may memory be written to
+    if (threadIdx.x == 0) barrier_init(&shared.barrier);
+    cluster_arrive();  // only when all have begun may one write to another
 #endif
     const long long found = load_position(positions);
     Span span(found, length, window, rank);
-    for (int i = threadIdx.x; i < min(ahead, span.end - span.begin); i += THREADS) {
-        const long long key = span.begin + i;
-        prefetch(cache.k + key * k_key, 2 * DIM);
-        prefetch(cache.v + key * v_key, 2 * VALUES);
+    const int early = min(ahead, span.end - span.begin);  // of keys that lie together
+    if (threadIdx.x == 0 && early > 0) {
+        if (k_key == DIM) prefetch(cache.k + static_cast<long long>(span.begin) * DIM, 2 * DIM * early);
+        if (v_key == VALUES)
+            prefetch(cache.v + static_cast<long long>(span.begin) * VALUES, 2 * VALUES * early);
     }
     wait_for_inputs();
 
-    u32 keys[2][DIM / 8], values[4][VALUES / 16];
-    int tile = span.begin + TILE * warp;
-    if (tile < span.end) {
-        cache.keys(keys, tile, span.end, lane);
-        if (BOTH) cache.values(values, tile, span.end, lane);
-    }
-    const long long position = load_position(positions);
     q += row * q_row + static_cast<long long>(first_head) * q_head;
     u32 queries[HIGH][DIM / 8];  // heads that are not there read one that is
     if constexpr (BOTH) {
@@ -270,9 +301,20 @@ attend(const u16* q, const u16* k, const u16* v, const char* positions, const ch
         for (int i = threadIdx.x; i < here * (DIM / 8); i += THREADS) {
             const int head = i / (DIM / 8), at = i % (DIM / 8) * 8;
             u32 x[4];
-            load16(x, q + static_cast<long long>(head) * q_head + at);
+            load16<0>(x, q + static_cast<long long>(head) * q_head + at);
             *reinterpret_cast<uint4*>(&shared.q[head][at]) = make_uint4(x[0], x[1], x[2], x[3]);
         }
+    }
+    u32 keys[2][DIM / 8], values[4][VALUES / 16];
+    int tile = span.begin + TILE * warp;
+    // In either branch, or the assembler compares it, and waits for it, before it asks for the keys.
+    long long position;
+    if (tile < span.end) {
+        cache.keys(keys, tile, span.end, lane);
+        position = load_position(positions);
+        if (BOTH) cache.values(values, tile, span.end, lane);
+    } else {
+        position = load_position(positions);
     }
 #if SINKS
     if (threadIdx.x < here) {
@@ -430,11 +472,17 @@ attend(const u16* q, const u16* k, const u16* v, const char* positions, const ch
     };
 
 #if SPLITS > 1
+    const int ranks = (span.keys + span.each - 1) / span.each;  // that have keys
+    if (threadIdx.x == 0) {
+        const int share = (here * QUADS - rank + SPLITS - 1) / SPLITS;
+        barrier_expect(&shared.barrier, ranks * (16 * share + 8 * here));
+    }
     cluster_wait();
     if (warps > 0)
-        for (int i = threadIdx.x; i < here * SPLITS; i += THREADS) {
+        for (int i = THREADS - 1 - threadIdx.x; i < here * SPLITS; i += THREADS) {
             float factors[WARPS];
-            send(&shared.received_sums[rank][i / SPLITS], i % SPLITS, sums_of(i / SPLITS, factors));
+            send(&shared.received_sums[rank][i / SPLITS], i % SPLITS, sums_of(i / SPLITS, factors),
+                 &shared.barrier);
         }
     const int quads = warps > 0 ? here * QUADS : 0;
 #else
@@ -450,24 +498,27 @@ attend(const u16* q, const u16* k, const u16* v, const char* positions, const ch
             if (w < warps)
                 add(x, *reinterpret_cast<const float4*>(&shared.parts[w][head][4 * quad]), factors[w]);
 #if SPLITS > 1
-        send(&shared.received[rank][i / SPLITS], i % SPLITS, x);
+        send(&shared.received[rank][i / SPLITS], i % SPLITS, x, &shared.barrier);
     }
-    cluster_arrive();
-    cluster_wait();
-    const int ranks = (span.keys + span.each - 1) / span.each;  // that had keys
+    barrier_wait(&shared.barrier);
     for (int i = threadIdx.x * SPLITS + rank; i < here * QUADS; i += THREADS * SPLITS) {
         const int head = i / QUADS, quad = i % QUADS;
-        float2 sum = make_float2(__uint_as_float(0xFF800000), 0);
-        float4 x = make_float4(0, 0, 0, 0);
+        float2 sums_there[SPLITS], sum = make_float2(__uint_as_float(0xFF800000), 0);
+        float4 parts_there[SPLITS], x = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int other = 0; other < SPLITS; other++) {  // reads without branches, all at once
+            sums_there[other] = shared.received_sums[other][head];
+            parts_there[other] = shared.received[other][i / SPLITS];
+        }
 #pragma unroll
         for (int other = 0; other < SPLITS; other++)
-            if (other < ranks) sum.x = fmaxf(sum.x, shared.received_sums[other][head].x);
+            if (other < ranks) sum.x = fmaxf(sum.x, sums_there[other].x);
 #pragma unroll
         for (int other = 0; other < SPLITS; other++)
             if (other < ranks) {
-                const float factor = power2(shared.received_sums[other][head].x - sum.x);
-                sum.y += factor * shared.received_sums[other][head].y;
-                add(x, shared.received[other][i / SPLITS], factor);
+                const float factor = power2(sums_there[other].x - sum.x);
+                sum.y += factor * sums_there[other].y;
+                add(x, parts_there[other], factor);
             }
 #endif
         store(head, quad, sum, x);

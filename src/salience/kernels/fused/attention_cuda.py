@@ -1,4 +1,4 @@
-"""Attention of one query a row to its cache in one launch, in CUDA C++: `cuda/attention.cu` says how.
+"""Attention of one query a row to its cache, in one launch: `cuda/attention.cu` says how.
 
 For NVIDIA GPUs from sm90 on, whose thread blocks can form clusters and write into each other's
 memory: what a first kernel would leave in global memory for a second one (`attention_triton`) stays
@@ -133,7 +133,7 @@ def decode_attention(
 
 def _shared(own: int, dim: int, values: int, warps: int, splits: int) -> int:
     """Bytes of shared memory: `Shared` of attention.cu, and what aligning it may take."""
-    received = splits * (-(-own * (values // 4) // splits) * 16 + own * 8) if splits > 1 else 0
+    received = splits * (-(-own * (values // 4) // splits) * 16 + own * 8 + 8) if splits > 1 else 0
     queries = own * (dim + 8) * 2 if dim + values > _WIDE else 16
     parts = warps * own * (8 + (values + 4) * 4)
     return -(-(received + queries + parts + own * 4) // 16) * 16 + 48
