@@ -239,14 +239,19 @@ class Emulated:
         shared = "extern __shared__ __align__(16) char dynamic[];"
         assert shared in text
         text = text.replace(shared, "char* dynamic = now->home->memory;")
-        text = "".join(f"#define {key} {value}\n" for key, value in macros) + _BEFORE + text + _AFTER
+        text = (
+            "".join(f"#define {key} {value}\n" for key, value in macros) + _BEFORE + text + _AFTER
+        )
         made = self._folder / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.so"
         if not made.exists():
             code = made.with_suffix(".cpp")
             code.write_text(text)
             flags = ["-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-fno-strict-aliasing"]
             done = subprocess.run(
-                ["g++", *flags, "-o", str(made), str(code)], capture_output=True, text=True, check=False
+                ["g++", *flags, "-o", str(made), str(code)],
+                capture_output=True,
+                text=True,
+                check=False,
             )
             assert done.returncode == 0, done.stderr[:3000]
         self._library, self._macros = ctypes.CDLL(str(made)), dict(macros)

@@ -18,7 +18,8 @@ from salience.kernels.fused import attention_cuda
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (48, 112)]
 with_gxx = pytest.mark.skipif(
-    shutil.which("g++") is None or torch.cuda.is_available(), reason="no g++, or a GPU that is right"
+    shutil.which("g++") is None or torch.cuda.is_available(),
+    reason="no g++, or a GPU that is right",
 )
 
 
@@ -123,7 +124,17 @@ def test_what_is_launched(monkeypatch):
     assert grid == (2, 2, 1) and threads == 256  # 2 heads of the cache, 16 and 4 of the others
     assert more["cluster"] == 8 and more["overlap"] and more["shared"] < 100 * 1024
     assert given[0].data_ptr() == arguments[0].data_ptr() and len(given) == 21
-    assert given[6:15] == (5120, 128, 2 * 640 * 128, 640 * 128, 128, 2 * 640 * 128, 640 * 128, 128, 1)
+    assert given[6:15] == (
+        5120,
+        128,
+        2 * 640 * 128,
+        640 * 128,
+        128,
+        2 * 640 * 128,
+        640 * 128,
+        128,
+        1,
+    )
     assert given[15:] == (2, 640, 0, 640, 0.1, 0.0)
 
 
