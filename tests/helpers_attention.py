@@ -80,7 +80,9 @@ template <class T> T from_lane(T value, int lane) {
   __syncwarp();
   return result;
 }
-template <class T> T __shfl_sync(unsigned, T value, int lane) { return from_lane(value, lane & 31); }
+template <class T> T __shfl_sync(unsigned, T value, int lane) {
+  return from_lane(value, lane & 31);
+}
 template <class T> T __shfl_xor_sync(unsigned, T value, int mask) {
   return from_lane(value, now->thread.x % 32 ^ mask);
 }
@@ -150,7 +152,8 @@ void barrier_wait(u64* barrier) {
   while (at[0] != 0 || at[1] != 1) give_way();
 }
 template <class T> T* there(T* place, int rank) {
-  return reinterpret_cast<T*>((*cluster)[rank].memory + (reinterpret_cast<char*>(place) - now->home->memory));
+  const size_t at = reinterpret_cast<char*>(place) - now->home->memory;
+  return reinterpret_cast<T*>((*cluster)[rank].memory + at);
 }
 template <class T> void send(T* place, int rank, T x, u64* barrier) {
   *there(place, rank) = x;

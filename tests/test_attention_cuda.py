@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers_attention import Emulated
-from test_fused import attended, attention64, close, random
 
+from helpers_attention import Emulated
 from salience.kernels import cuda_program
 from salience.kernels.fused import attention_cuda
+from test_fused import attended, attention64, close, random
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (48, 112)]

@@ -14,6 +14,7 @@ uses them follows the one that does not.
 their last axis is contiguous. Outputs are contiguous.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -221,8 +222,10 @@ if find_spec("triton") is not None and torch.cuda.is_available():
         q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, *rest: Any, **named: Any
     ) -> Tensor:
         takes = attention_cuda.supports(q, k_cache, v_cache, positions)
-        attention = attention_cuda if takes else attention_triton
-        return attention.decode_attention(q, k_cache, v_cache, positions, *rest, **named)
+        attention: Callable[..., Tensor] = (
+            attention_cuda.decode_attention if takes else attention_triton.decode_attention
+        )
+        return attention(q, k_cache, v_cache, positions, *rest, **named)
 
     rms_norm.register_kernel("cuda", rows_triton.rms_norm)
     add_rms_norm.register_kernel("cuda", rows_triton.add_rms_norm)
