@@ -73,9 +73,10 @@ def test_emulated_calls(monkeypatch, tmp_path):
 
 def test_how_the_context_is_cut():
     """Two blocks a processor at most, a tile of keys for each; few blocks have more warps."""
-    pairs = (8, 32, 64, 128, 264, 512)
+    pairs = (8, 16, 32, 64, 128, 264, 512)
     found = [attention_cuda.cut(n, 4096, 132) for n in pairs]
-    assert found == [(8, 8), (8, 4), (4, 4), (2, 4), (1, 4), (1, 4)]
+    assert found == [(8, 8), (4, 8), (8, 4), (4, 4), (1, 8), (1, 8), (1, 8)]
+    assert attention_cuda.cut(264, 200, 132) == (1, 4)
     assert attention_cuda.cut(8, 40, 132) == (4, 4)
     assert attention_cuda.cut(1, 1, 132) == (1, 4)
 

@@ -15,6 +15,7 @@ from salience.kernels.fused.plain import heads
 
 _TILE = 16  # keys that a warp takes at once
 _MOST_SPLITS = 8
+_SHORT = 256  # keys
 _WIDE = 384  # columns of a key and a value that a warp holds at once, with 8 heads
 _L2_BYTES = 16e6  # to ask for before the kernel ahead has ended: well below what any such GPU has
 _LIMIT = 2**31
@@ -61,6 +62,8 @@ def cut(pairs: int, length: int, processors: int) -> tuple[int, int]:
         length: of the cache.
         processors: of the GPU.
     """
+    if 2 * pairs > processors:
+        return 1, 4 if pairs > processors and length <= _SHORT else 8
     splits = 1
     while (
         splits < _MOST_SPLITS and 2 * splits * pairs <= 2 * processors and splits * _TILE < length
@@ -68,6 +71,8 @@ def cut(pairs: int, length: int, processors: int) -> tuple[int, int]:
         splits *= 2
     # With few blocks, each has a processor for itself, and must keep the memory busy alone.
     alone = splits * pairs <= processors and length > 4 * _TILE * splits
+    if alone and 4 * splits * pairs > 3 * processors:
+        splits //= 2  # not all clusters would find a place at once
     return splits, 8 if alone else 4
 
 
