@@ -19,6 +19,7 @@ what a request needs, where no graph holds on to their address.
 
 import math
 import mmap
+import os
 from typing import Any
 
 import torch
@@ -80,7 +81,11 @@ class SlotLayer(CacheLayerMixin):
         if like.device.type != "cpu":
             return like.new_zeros(shape)
         # Zeros that take memory only where they are written, as PyTorch's do not.
-        memory = mmap.mmap(-1, math.prod(shape) * like.element_size())
+        size = math.prod(shape) * like.element_size()
+        if os.name != "posix":
+            return torch.frombuffer(mmap.mmap(-1, size), dtype=like.dtype).view(shape)
+        # Private, for a shared page would be taken when it is read, too.
+        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_NOHUGEPAGE"):  # Linux: a large page is a head's whole context
             memory.madvise(mmap.MADV_NOHUGEPAGE)
         return torch.frombuffer(memory, dtype=like.dtype).view(shape)
