@@ -1,7 +1,7 @@
 """Which code lies where in what a format writes, as SVG.
 
-Nothing is known here of any format: a weight of zeros is written, then the same with one code (or
-scale) changed, and the bits that differ are where that code lies. So a diagram shows what the
+Nothing is known here of any format: a weight of zeros is written, then the same with one code
+changed, and the bits that differ are where that code lies. So a diagram shows what the
 writer does, whatever it does.
 """
 
@@ -16,10 +16,14 @@ from salience.qtensor import QTensor
 from salience.scheme import Scheme
 
 _HUES = 8
-_CELL, _ROW, _LEFT = 22, 34, 64
+_CELL, _ROW, _LEFT = 20, 34, 56  # a bit is so wide, a word so high, its name so wide
+_BYTE, _BYTES, _LINE = 34, 18, 2 * 34 + 24  # a byte is so wide, so many in a line of such a height
+_MARKED = (31, 24, 16, 8, 0)
 
 
-def owners(write: Callable[[QTensor], Tensor], base: QTensor, places: Sequence[tuple[int, int]]):
+def owners(
+    write: Callable[[QTensor], Tensor], base: QTensor, places: Sequence[tuple[int, int]]
+) -> list[list[str]]:
     """Who owns each bit of a tensor: row by row of 32 (words) or 8 (bytes), lowest bit first.
 
     Args:
@@ -51,12 +55,12 @@ def _bits(stored: Tensor) -> Tensor:
     return ((flat.long()[:, None] >> shifts) & 1).bool()
 
 
-def _weight(scheme: Scheme, rows: int, columns: int, zero: int = 0, scale: float = 1.0) -> QTensor:
+def _weight(scheme: Scheme, rows: int, columns: int, zero: int = 0) -> QTensor:
     groups = scheme.groups(columns)
     kind = torch.float16 if scheme.codebook is None else torch.float32
     return QTensor(
         torch.zeros(rows, columns, dtype=torch.uint8),
-        torch.full((rows, groups), scale, dtype=kind),
+        torch.ones(rows, groups, dtype=kind),
         torch.full((rows, groups), zero, dtype=torch.uint8),
         scheme,
     )
@@ -64,62 +68,55 @@ def _weight(scheme: Scheme, rows: int, columns: int, zero: int = 0, scale: float
 
 def _words(labels: Sequence[Sequence[str]], names: Sequence[str]) -> str:
     """Words of 32 bits, the highest bit left, a box for each run of bits of one code."""
-    width = _LEFT + 32 * _CELL + 2
-    parts = []
-    for bit in (31, 24, 16, 8, 0):
-        x = _LEFT + (31 - bit) * _CELL + _CELL / 2
-        parts.append(f'<text class="bit" x="{x}" y="12">{bit}</text>')
+    left = _LEFT if any(names) else 2
+    parts = [_text(left + (31 - bit + 0.5) * _CELL, 12, str(bit), "bit") for bit in _MARKED]
     for index, (name, word) in enumerate(zip(names, labels, strict=True)):
         y = 18 + index * (_ROW + 6)
-        parts.append(f'<text class="name" x="{_LEFT - 8}" y="{y + 22}">{name}</text>')
-        x = float(_LEFT)
+        parts.append(_text(left - 8, y + 22, name, "name"))
+        x = float(left)
         for label, run in groupby(reversed(word)):
             size = len(list(run)) * _CELL
             parts.append(_box(x, y, size, label))
             x += size
-    return _svg(width, 18 + len(labels) * (_ROW + 6), parts)
+    return _svg(left + 32 * _CELL + 2, 18 + len(labels) * (_ROW + 6), parts)
 
 
-def _box(x: float, y: float, size: float, label: str, hue: str | None = None) -> str:
-    shade = hue if hue is not None else f"h{int(label) % _HUES}" if label else "none"
-    text = f'<text x="{x + size / 2}" y="{y + 22}">{label}</text>' if label else ""
-    return f'<rect class="{shade}" x="{x}" y="{y}" width="{size}" height="{_ROW}"/>{text}'
+def _box(x: float, y: float, width: float, label: str, height: float = _ROW) -> str:
+    shade = f"h{int(label) % _HUES}" if label.isdigit() else "none"
+    box = f'<rect class="{shade}" x="{x}" y="{y}" width="{width}" height="{height}"/>'
+    return box + _text(x + width / 2, y + height / 2 + 5, label, "")
+
+
+def _text(x: float, y: float, text: str, kind: str) -> str:
+    return f'<text class="{kind}" x="{x}" y="{y}">{text}</text>' if text else ""
 
 
 def _svg(width: float, height: float, parts: Sequence[str]) -> str:
     # In one line: Markdown would end the figure at an empty one.
     return (
-        f'<figure class="bits"><svg viewBox="0 0 {width} {height + 4}" role="img" '
-        f'xmlns="http://www.w3.org/2000/svg">{"".join(parts)}</svg></figure>'
+        f'<figure class="bits"><svg width="{width}" height="{height}" '
+        f'viewBox="0 0 {width} {height}" role="img" xmlns="http://www.w3.org/2000/svg">'
+        f"{''.join(parts)}</svg></figure>"
     )
 
 
 def _bytes(labels: Sequence[Sequence[str]], heads: Sequence[str]) -> str:
     """Bytes side by side; of those that hold two codes, the high half above the low one."""
-    cell = 38
-    width = cell * len(labels) + _LEFT
-    parts = [
-        f'<text class="name" x="{_LEFT - 8}" y="{18 + 22 + k * _ROW}">{name}</text>'
-        for k, name in enumerate(("high", "low"))
-    ]
+    parts = []
     for index, byte in enumerate(labels):
-        x = _LEFT + index * cell
-        parts.append(f'<text class="bit" x="{x + cell / 2}" y="12">{index}</text>')
-        if index < len(heads):
-            parts.append(
-                f'<rect class="scale" x="{x}" y="18" width="{cell}" height="{2 * _ROW}"/>'
-                f'<text x="{x + cell / 2}" y="{18 + _ROW + 5}">{heads[index]}</text>'
-            )
-            continue
-        low, high = byte[0], byte[4]
+        line, place = divmod(index, _BYTES)
+        x, y = _LEFT + place * _BYTE, 18 + line * _LINE
+        if not place:
+            for k, name in enumerate(("high", "low")):
+                parts.append(_text(_LEFT - 8, y + 22 + k * _ROW, name, "name"))
+        parts.append(_text(x + _BYTE / 2, y - 6, str(index), "bit"))
+        low, high = (heads[index], heads[index]) if index < len(heads) else (byte[0], byte[4])
         if low == high:
-            parts.append(
-                f'<rect class="h{int(low) % _HUES}" x="{x}" y="18" width="{cell}" '
-                f'height="{2 * _ROW}"/><text x="{x + cell / 2}" y="{18 + _ROW + 5}">{low}</text>'
-            )
+            parts.append(_box(x, y, _BYTE, low, 2 * _ROW))
         else:
-            parts.append(_box(x, 18, cell, high) + _box(x, 18 + _ROW, cell, low))
-    return _svg(width, 18 + 2 * _ROW, parts)
+            parts += [_box(x, y, _BYTE, high), _box(x, y + _ROW, _BYTE, low)]
+    lines = -(-len(labels) // _BYTES)
+    return _svg(_LEFT + _BYTES * _BYTE + 2, lines * _LINE, parts)
 
 
 def _awq() -> list[list[str]]:
@@ -187,4 +184,4 @@ def bits(name: str) -> str:
     labels = LABELS[name]()
     if name in _HEADS:
         return _bytes(labels, _HEADS[name])
-    return _words(labels, [f"word {k}" if len(labels) > 1 else "" for k in range(len(labels))])
+    return _words(labels, [f"word {k}" if len(labels) > 1 else "" for k, _ in enumerate(labels)])
