@@ -17,7 +17,7 @@ from salience.scheme import Scheme
 
 _HUES = 8
 _CELL, _ROW, _LEFT = 20, 34, 56  # a bit is so wide, a word so high, its name so wide
-_BYTE, _BYTES, _LINE = 34, 18, 2 * 34 + 24  # a byte is so wide, so many in a line of such a height
+_BYTE, _BYTES, _LINE = 32, 20, 2 * 34 + 24  # a byte is so wide, so many in a line of such a height
 _MARKED = (31, 24, 16, 8, 0)
 
 
