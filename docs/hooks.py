@@ -53,7 +53,9 @@ def source(name: str) -> str:
         targets = [t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]
         if local in (getattr(node, "name", None), *targets):
             lines = text.splitlines()
-            first, last = node.lineno, node.end_lineno
+            decorators = getattr(node, "decorator_list", ())
+            first = min([node.lineno, *(each.lineno for each in decorators)])
+            last = node.end_lineno
             kept = [lines[first - 1 : last]]
             body = getattr(node, "body", None)
             if body and ast.get_docstring(node) is not None:
@@ -87,15 +89,15 @@ def slash() -> str:
     """What can be said to `salience chat` instead of the model."""
     from salience.chat.commands import COMMANDS
 
-    names = ((f"`{name} {each.arguments}`", each.help) for name, each in COMMANDS.items())
-    return _two(names)
+    rows = ((f"{name} {each.arguments}", each.help) for name, each in COMMANDS.items())
+    return _two("command", rows)
 
 
 def settings() -> str:
     """What `/set` of `salience chat` sets."""
     from salience.chat.commands import SETTINGS
 
-    return _two((f"`{name}`", f"{help}") for name, help in SETTINGS.items())
+    return _two("setting", SETTINGS.items())
 
 
 def pairs() -> str:
@@ -119,10 +121,9 @@ def scripts() -> str:
     return "\n".join(line.replace("## ", "### ") for line in text.splitlines()[1:])
 
 
-def _two(rows: Iterable[tuple[str, str]]) -> str:
-    return "\n".join(
-        ["| | |", "|---|---|", *(f"| {one.replace(' `', '`')} | {two} |" for one, two in rows)]
-    )
+def _two(head: str, rows: Iterable[tuple[str, str]]) -> str:
+    lines = (f"| `{name.strip()}` | {text} |" for name, text in rows)
+    return "\n".join([f"| {head} | |", "|---|---|", *lines])
 
 
 _ANSWERS: dict[str, Callable[..., str]] = {

@@ -85,6 +85,7 @@ class Page(HTMLParser):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("site")
 def test_links_and_anchors_of_the_site_resolve(site: Path) -> None:
     pages = {path: Page(path) for path in site.rglob("*.html") if path.name != "404.html"}
     assert len(pages) >= len(PAGES) + 3  # and the three that are made whole
@@ -104,6 +105,7 @@ def test_links_and_anchors_of_the_site_resolve(site: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("site")
 def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
     for path in site.rglob("*.html"):
         outside = [each for each in Page(path).loaded if urlsplit(each).netloc]
@@ -114,6 +116,7 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("site")
 def test_nothing_on_the_site_was_left_to_be_filled_in(site: Path) -> None:
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
@@ -121,6 +124,14 @@ def test_nothing_on_the_site_was_left_to_be_filled_in(site: Path) -> None:
     awq = (site / "methods/awq.html").read_text(encoding="utf-8")
     assert awq.count("<math") >= 8 and "def</span>" in awq
     assert (site / "formats/gguf.html").read_text(encoding="utf-8").count("<svg width") == 3
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"])
+def test_links_of_files_resolve(name: str) -> None:
+    path = ROOT / name
+    links = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+    missing = [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert not missing
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -240,6 +251,8 @@ def test_diagrams_draw_what_is_known(hooks: Any) -> None:
 
 def test_tables_hold_the_numbers_of_the_readme(hooks: Any) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    kills = hooks.figures.load("kill_and_continue")
+    assert kills["identical"] == kills["jobs"]  # as the pages say
     table = hooks.figures.table("quality")
     for option in ("--method gptq", "--effort balanced"):
         four, three = re.search(rf"`{option}` \| ([*\d.]+) \| ([*\d.]+)", readme).groups()  # type: ignore[union-attr]
