@@ -245,15 +245,15 @@ def fill_buffers(model: Any) -> None:
 def folded_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have quantize() write the folded float weights and leave the codes out."""
 
-    def save(self: Any, index: int, loaded: Any, solved: Any, seconds: float) -> None:
-        right(self, index, loaded, solved, seconds)
+    def save(
+        self: Any, job: Any, journal: Any, index: int, loaded: Any, solved: Any, seconds: float
+    ) -> None:
+        right(self, job, journal, index, loaded, solved, seconds)
         tensors = {}
         for local, parameter in loaded.module.named_parameters():
             name = loaded.full(local)
-            job = self._job
             tensors |= engine.stored_tensors(job.skeleton, job.weights, name, parameter)
-        record = self._journal.record(index)
-        self._journal.save_block(index, tensors, record)
+        journal.save_block(index, tensors, journal.record(index))
 
     def config(job: Any) -> dict[str, Any]:
         values: dict[str, Any] = json.loads((job.source.path / "config.json").read_text())

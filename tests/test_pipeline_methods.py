@@ -370,9 +370,10 @@ def test_the_bytes_do_not_depend_on_where_hidden_states_are(
     calls: list[Budget] = []
     right = pipeline.run_blocks
 
-    def run_blocks(job: Any, tokens: Any, journal: Any, on_disk: bool, rehearse: bool) -> None:
+    def run_blocks(tasks: Any, tokens: Any, on_disk: bool, rehearse: bool) -> None:
         calls.append(Budget(on_disk, rehearse, 0))
-        right(job, tokens, journal, on_disk, rehearse)
+        right(tasks, tokens, on_disk, rehearse)
+        [(_, journal)] = tasks
         seen = [path.name for path in journal.folder.glob("hidden-*.bin")]
         assert bool(seen) == on_disk
 
@@ -431,7 +432,7 @@ def test_max_memory_puts_hidden_states_on_the_disk(
     right = pipeline.run_blocks
 
     def run_blocks(*args: Any) -> None:
-        seen.append(args[3])
+        seen.append(args[2])
         right(*args)
 
     monkeypatch.setattr(pipeline, "run_blocks", run_blocks)

@@ -126,6 +126,6 @@ def test_the_users_settings_do_not_matter() -> None:
 
 def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SalienceError, match="pip install matplotlib") as caught:
+    with pytest.raises(SalienceError, match=r"pip install .salience.plots") as caught:
         plots.lines("x", [RAMP])
     assert "\n" not in str(caught.value)

@@ -7,7 +7,7 @@ time goes into starting kernels.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -36,7 +36,15 @@ from salience.machine import fast_matmul, peak_rss_bytes, release_memory
 from salience.report import BlockReport
 from salience.search_files import search_tensors
 from salience.stats import SecondMoment
-from salience.structure import Fold, discover_folds, linears, sink_groups, weight_of
+from salience.structure import (
+    Fold,
+    discover_folds,
+    linears,
+    restore,
+    sink_groups,
+    snapshot,
+    weight_of,
+)
 from salience.writer import to_dtype
 
 PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
@@ -44,15 +52,15 @@ WINDOW_BYTES = 2**29
 
 
 def run_blocks(
-    job: Job, tokens: Tensor | None, journal: Journal, on_disk: bool, rehearse: bool
+    tasks: Sequence[tuple[Job, Journal]], tokens: Tensor | None, on_disk: bool, rehearse: bool
 ) -> None:
-    """Quantize every block that the journal does not have yet.
+    """Quantize every block that the journals do not have yet.
 
     Args:
-        job: what to do.
+        tasks: what to do, and where the results go. Several are of one model on one device, and
+            share what is read and observed; the first one's clock has the time of that.
         tokens: calibration token ids [samples, seqlen], None when no text is read.
-        journal: where the results go.
-        on_disk: keep the hidden states there too.
+        on_disk: keep the hidden states on the disk, in the first journal.
         rehearse: try the largest block first.
 
     Raises:
@@ -60,10 +68,11 @@ def run_blocks(
         DoesNotFitError: out of memory.
     """
     try:
-        _Engine(job, tokens, journal, on_disk).run(rehearse)
+        _Engine(tasks, tokens, on_disk).run(rehearse)
     except torch.OutOfMemoryError as error:
+        device = tasks[0][0].device
         raise DoesNotFitError(
-            f"{job.device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory "
+            f"{device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory "
             "that is really free, a shorter --seqlen, or --device cpu"
         ) from None
 
@@ -93,8 +102,12 @@ class _Probe:
 class _Engine:
     """The state of one pass over the blocks."""
 
-    def __init__(self, job: Job, tokens: Tensor | None, journal: Journal, on_disk: bool) -> None:
-        self._job, self._journal = job, journal
+    def __init__(
+        self, tasks: Sequence[tuple[Job, Journal]], tokens: Tensor | None, on_disk: bool
+    ) -> None:
+        self._tasks = tasks
+        self._job, self._journal = tasks[0]
+        self._folds = any(job.method.folds for job, _ in tasks)
         self._tokens = tokens
         self._on_disk = on_disk
         self._structures: dict[tuple[object, ...], Structure] = {}
@@ -105,10 +118,10 @@ class _Engine:
     def run(self, rehearse: bool) -> None:
         job, count = self._job, len(self._job.blocks)
         size = window(job.blocks, job.device)
-        done = self._journal.done()
+        done = min(journal.done() for _, journal in self._tasks)
         first = done // size * size if done < count else count
-        needs_tail = bool(job.outside) and done <= count
-        if (first < count or needs_tail) and (self._tokens is not None or job.method.folds):
+        needs_tail = any(job.outside and journal.done() <= count for job, journal in self._tasks)
+        if (first < count or needs_tail) and (self._tokens is not None or self._folds):
             with job.phase("statistics"):
                 self._record(first)
         # Blocks that leave something for later ones cannot run out of their order.
@@ -116,8 +129,9 @@ class _Engine:
         if rehearse and first == 0 and not stateful:
             self._rehearse()
         for start in range(first, count, size):
-            self._solve(range(start, min(start + size, count)), done)
-        self._solve_outside()
+            self._solve(range(start, min(start + size, count)))
+        for each, journal in self._tasks:
+            self._solve_outside(each, journal)
         job.progress("block", count, count)
 
     def _record(self, first: int) -> None:
@@ -158,7 +172,7 @@ class _Engine:
                 self._forward(block, index, {})
             self._journal.forget_hidden(index + 1)
 
-    def _solve(self, indices: range, done: int) -> None:
+    def _solve(self, indices: range) -> None:
         job, began = self._job, time.perf_counter()
         loaded = []
         with ExitStack() as stack:
@@ -168,28 +182,46 @@ class _Engine:
                     block = stack.enter_context(job.loaded(index))
                 loaded.append(self._gather(block, index))
                 release_memory()
-            with job.phase("search"):
-                solved = solve(loaded, job.method, job.schemes.get, job.method.trusted)
-            with job.phase("write"):
-                seconds = (time.perf_counter() - began) / len(indices)
-                for index, each, result in zip(indices, loaded, solved, strict=True):
-                    if index >= done:
-                        self._save(index, each, result, seconds)
+            shared = (time.perf_counter() - began) / len(indices)
+            # A solved block is left folded; the next job wants it as it was.
+            saved = [_unfolded(block) for block in loaded] if len(self._tasks) > 1 else []
+            for each, journal in self._tasks:
+                self._solve_loaded(each, journal, indices, loaded, shared)
+                for weights in saved:
+                    restore(weights)
         with job.phase("write"):
             self._journal.forget_hidden(indices.stop)
             release_memory()
 
+    def _solve_loaded(
+        self, job: Job, journal: Journal, indices: range, loaded: list[LoadedBlock], shared: float
+    ) -> None:
+        """The blocks of one job."""
+        done = journal.done()
+        if done >= indices.stop:
+            return
+        began = time.perf_counter()
+        with job.phase("search"):
+            solved = solve(loaded, job.method, job.schemes.get, job.method.trusted)
+        with job.phase("write"):
+            seconds = shared + (time.perf_counter() - began) / len(indices)
+            for index, block, result in zip(indices, loaded, solved, strict=True):
+                if index >= done:
+                    self._save(job, journal, index, block, result, seconds)
+
     def _gather(self, block: nn.Module, index: int) -> LoadedBlock:
         """A block's structure and moments; the hidden states move past it."""
         job, name = self._job, self._job.block_name(index)
-        if job.search is not None:
-            job.search.check_weights(name, job.digest(index))
+        for each, _ in self._tasks:
+            if each.search is not None:
+                each.search.check_weights(name, each.digest(index))
         if self._probe is None:
             return LoadedBlock(name, block, self._plain_structure(block), {})
         with job.phase("structure"):
             structure = self._structure(block, index)
-        if job.search is not None:
-            job.search.check_folds(name, structure.folds)
+        for each, _ in self._tasks:
+            if each.search is not None:
+                each.search.check_folds(name, structure.folds)
         probe = self._probe
         if self._hidden is None:
             run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
@@ -256,7 +288,7 @@ class _Engine:
             return self._plain_structure(block)
         run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
         groups = sink_groups(block, run)
-        folds = discover_folds(block, run, groups) if self._job.method.folds else []
+        folds = discover_folds(block, run, groups) if self._folds else []
         return Structure(groups, folds)
 
     def _rehearse(self) -> None:
@@ -279,10 +311,20 @@ class _Engine:
                     with fast_matmul():
                         observe(block, list(moments), run, _adder(moments))
                 rehearsed = LoadedBlock(name, block, structure, moments, run)
-            solve([rehearsed], job.method, job.schemes.get, job.method.trusted)
+            weights = _unfolded(rehearsed) if len(self._tasks) > 1 else []
+            for each, _ in self._tasks:
+                solve([rehearsed], each.method, each.schemes.get, each.method.trusted)
+                restore(weights)
 
-    def _save(self, index: int, block: LoadedBlock, solved: SolvedBlock, seconds: float) -> None:
-        job = self._job
+    def _save(
+        self,
+        job: Job,
+        journal: Journal,
+        index: int,
+        block: LoadedBlock,
+        solved: SolvedBlock,
+        seconds: float,
+    ) -> None:
         tensors: dict[str, Tensor] = {}
         # A dense checkpoint holds the folded weights themselves.
         replaced = {} if isinstance(job.fmt, Dense) else solved.linears
@@ -311,25 +353,27 @@ class _Engine:
         record: dict[str, Any] = {
             "block": asdict(report),
             "linears": [asdict(linear) for linear in reports],
-            "folds": [_describe(fold) for fold in block.structure.folds] if first else [],
+            "folds": [_describe(each) for each in block.structure.folds]
+            if first and job.method.folds
+            else [],
         }
         if job.save_search:
             found = search_tensors(block.name, job.digest(index), solved)
-            self._journal.save_search(index, found)
-        self._journal.save_block(index, tensors, record)
+            journal.save_search(index, found)
+        journal.save_block(index, tensors, record)
         job.on_block(report)
 
     def _first(self, kind: tuple[object, ...]) -> int:
         """The first block of a kind."""
         return next(i for i, other in enumerate(self._job.blocks) if _kind(other) == kind)
 
-    def _solve_outside(self) -> None:
+    def _solve_outside(self, job: Job, journal: Journal) -> None:
         """What is in no block, the head and the embeddings: as one more block.
 
         Embeddings look up one row a token, so all their inputs are alike: unit covariance.
         """
-        job, count = self._job, len(self._job.blocks)
-        if not job.outside or self._journal.done() > count:
+        count = len(job.blocks)
+        if not job.outside or journal.done() > count:
             return
         began = time.perf_counter()
         moments: dict[str, SecondMoment] = {}
@@ -351,7 +395,7 @@ class _Engine:
         block = LoadedBlock("", holder, structure, moments)
         with job.phase("search"):
             [solved] = solve([block], job.method, job.schemes.get, job.method.trusted)
-        self._save(count, block, solved, time.perf_counter() - began)
+        self._save(job, journal, count, block, solved, time.perf_counter() - began)
 
 
 class _Outside(nn.Module):
@@ -416,6 +460,12 @@ def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:
             moments[name].update(x)
 
     return add
+
+
+def _unfolded(block: LoadedBlock) -> list[tuple[nn.Parameter, Tensor]]:
+    """Copies of what folding scales into a block would change."""
+    names = {name for fold in block.structure.folds for name in fold.modules}
+    return snapshot(block.module, sorted(names))
 
 
 def _kind(block: nn.Module) -> tuple[object, ...]:

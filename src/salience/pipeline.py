@@ -13,11 +13,13 @@ beside the output, so that after a kill the same command goes on from there.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from salience.assemble import assemble, collect
 from salience.calibration import Calibration
@@ -27,12 +29,13 @@ from salience.job import Job, Progress, identity
 from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.loading import read_tensor
 from salience.machine import peak_rss_bytes
-from salience.plan import checkpoint_bytes, choose_budget, mean_bits
-from salience.prepare import prepare
+from salience.plan import Budget, checkpoint_bytes, choose_budget, mean_bits
+from salience.prepare import Prepared, prepare
 from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
 from salience.serving import summary
+from salience.source import Source, open_source
 from salience.writer import check_disk, check_file
 
 
@@ -107,8 +110,142 @@ def quantize(
         DoesNotFitError: too little memory.
         StorageError: a disk that is full or not writable; what is done is kept.
     """
+    work = _prepare(
+        model,
+        Path(out),
+        method=method,
+        effort=effort,
+        act_order=act_order,
+        scheme=scheme,
+        rules=rules,
+        skip=skip,
+        only=only,
+        format=format,
+        dtype=dtype,
+        calibration=calibration,
+        device=device,
+        max_memory=max_memory,
+        save_search=save_search,
+        from_search=from_search,
+        tensor_parallel=tensor_parallel,
+        pad_intermediate=pad_intermediate,
+        trust_remote_code=trust_remote_code,
+    )
+    work.job.progress = progress or work.job.progress
+    work.job.on_block = on_block or work.job.on_block
+    work.job.on_phase = on_phase or work.job.on_phase
+    return _run([work], on_warning)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One of several checkpoints of a model; the options of `quantize` of these names."""
+
+    out: str | Path
+    method: str | None = None
+    effort: str | None = None
+    scheme: Scheme | str | None = None
+    format: str | None = None
+
+
+def quantize_all(
+    model: str,
+    variants: Sequence[Variant],
+    *,
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    max_memory: int | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress | None = None,
+) -> list[Report]:
+    """Quantize a model in several ways, running it over the calibration text once.
+
+    Each checkpoint is, byte for byte, what `quantize` makes of the same options, and an interrupted
+    run is continued by either. Of the reports' phases, the first one's hold what was shared.
+
+    Args:
+        model: as of `quantize`, and so are the other options.
+        variants: what to make.
+        progress: called with (phase, done, total), for one variant after the other where they
+            share nothing.
+
+    Returns:
+        Their reports, in order.
+
+    Raises:
+        SalienceError: bad input; nothing is written of what comes after it.
+        DoesNotFitError: too little memory.
+        StorageError: a disk that is full or not writable; what is done is kept.
+    """
+    for each in variants:
+        check_output(Path(each.out))  # before anything is fetched or read
+    source = open_source(model, trust_remote_code)
+    works = [
+        _prepare(
+            source,
+            Path(each.out),
+            method=each.method,
+            effort=each.effort,
+            scheme=each.scheme,
+            format=each.format,
+            calibration=calibration,
+            device=device,
+            max_memory=max_memory,
+            trust_remote_code=trust_remote_code,
+        )
+        for each in variants
+    ]
+    for work in works:
+        work.job.progress = progress or work.job.progress
+    together = [work for work in works if work.job.method.reads_text]
+    for group in (together, *([work] for work in works if work not in together)):
+        if group:
+            _run(group, None)
+    return [read_report(work.target) for work in works]
+
+
+@dataclass(slots=True, eq=False)
+class _Work:
+    """A job, where its result goes, and what will be said of it."""
+
+    prepared: Prepared
+    target: Path
+    report: Report
+    budget: Budget
+    tokens: Tensor | None
+    identity: dict[str, Any]
+    save_search: Path | None
+    start: float
+
+    @property
+    def job(self) -> Job:
+        return self.prepared.job
+
+
+def _prepare(
+    model: str | Source,
+    target: Path,
+    *,
+    method: str | None = None,
+    effort: str | None = None,
+    act_order: bool = False,
+    scheme: Scheme | str | None = None,
+    rules: Sequence[tuple[str, Scheme | str]] = (),
+    skip: Sequence[str] = (),
+    only: Sequence[str] = (),
+    format: str | None = None,
+    dtype: str = "float16",
+    calibration: Calibration | None = None,
+    device: str = "auto",
+    max_memory: int | None = None,
+    save_search: str | Path | None = None,
+    from_search: str | Path | None = None,
+    tensor_parallel: int | None = None,
+    pad_intermediate: int | None = None,
+    trust_remote_code: bool = False,
+) -> _Work:
+    """All that is refused before the work, and the work; options as of `quantize`."""
     start = time.perf_counter()
-    target = Path(out)
     check_output(target)  # before anything is fetched or read
     search = open_search(Path(from_search)) if from_search is not None else None
     made = search.info if search is not None else {}
@@ -138,9 +275,6 @@ def quantize(
     )
     job, recipe = prepared.job, prepared.recipe
     job.save_search = save_search is not None
-    job.progress = progress or job.progress
-    job.on_block = on_block or job.on_block
-    job.on_phase = on_phase or job.on_phase
     source, skeleton, schemes = job.source, job.skeleton, job.schemes
     if save_search is not None:
         for each in schemes.values():
@@ -157,7 +291,7 @@ def quantize(
         check_disk(target, need - held_bytes(target))
     tokens = text.tokens(source.tokenizer) if text else None
     report = Report(
-        model=model,
+        model=model if isinstance(model, str) else model.name,
         out=str(target),
         method=method,
         effort=effort,
@@ -182,24 +316,51 @@ def quantize(
     if text is not None:
         options |= {"--calibration": text.text, "--samples": text.samples}
         options |= {"--seqlen": text.seqlen, "--seed": text.seed}
-    with Journal(target, identity(job, recipe, options, tokens)) as journal, torch.no_grad():
-        if not journal.finished:
-            for line in summary(prepared.serving):
+    return _Work(
+        prepared,
+        target,
+        report,
+        budget,
+        tokens,
+        identity(job, recipe, options, tokens),
+        None if save_search is None else Path(save_search),
+        start,
+    )
+
+
+def _run(works: Sequence[_Work], on_warning: Callable[[str], None] | None) -> list[Report]:
+    """Do jobs of one model and one text."""
+    with ExitStack() as stack, torch.no_grad():
+        journals = [stack.enter_context(Journal(work.target, work.identity)) for work in works]
+        open_ = [pair for pair in zip(works, journals, strict=True) if not pair[1].finished]
+        for work, _ in open_:
+            for line in summary(work.prepared.serving):
                 (on_warning or (lambda _line: None))(line)
-            _fill_buffers(job)
-            run_blocks(job, tokens, journal, budget.on_disk, budget.is_close)
-            with job.phase("write"):
-                collect(job, journal, report)
-                if save_search is not None:
-                    metadata = search_metadata(_search_info(job, report))
-                    journal.join_searches(metadata, len(report.blocks))
-                report.phase_seconds = job.seconds
-                report.seconds = time.perf_counter() - start
-                report.peak_rss_bytes = peak_rss_bytes()
-                report.peak_vram_bytes = job.peak_vram_bytes()
-                assemble(job, journal, report)
-        journal.publish(None if save_search is None else Path(save_search))
-    return read_report(target)
+            _fill_buffers(work.job)
+        if open_:
+            tasks = [(work.job, journal) for work, journal in open_]
+            on_disk = any(work.budget.on_disk for work, _ in open_)
+            is_close = any(work.budget.is_close for work, _ in open_)
+            run_blocks(tasks, works[0].tokens, on_disk, is_close)
+        for work, journal in open_:
+            _write(work, journal)
+        for work, journal in zip(works, journals, strict=True):
+            journal.publish(work.save_search)
+    return [read_report(work.target) for work in works]
+
+
+def _write(work: _Work, journal: Journal) -> None:
+    job, report = work.job, work.report
+    with job.phase("write"):
+        collect(job, journal, report)
+        if job.save_search:
+            metadata = search_metadata(_search_info(job, report))
+            journal.join_searches(metadata, len(report.blocks))
+        report.phase_seconds = job.seconds
+        report.seconds = time.perf_counter() - work.start
+        report.peak_rss_bytes = peak_rss_bytes()
+        report.peak_vram_bytes = job.peak_vram_bytes()
+        assemble(job, journal, report)
 
 
 def _fill_buffers(job: Job) -> None:

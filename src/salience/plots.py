@@ -14,6 +14,7 @@ hundred kilobytes that opens from disk, runs no script and prints.
 import io
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from math import inf, isfinite, log10, nan
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ _SERIES: tuple[dict[str, Any], ...] = (
     {"color": _SECOND, "marker": "s", "linestyle": (0, (3, 2)), "markerfacecolor": "none"},
 )
 _WIDTH, _HEIGHT = 4.4, 2.2  # inches; small, so that ten points can be read on a phone
+_WIDE, _TALL = 7.0, 3.2  # of a plot that has the whole width
 _LABEL_LENGTH = 20
 _LARGEST = 1e30  # beyond it axes overflow
 
@@ -88,6 +90,101 @@ def lines(
     axes.set_xlim(-0.5, max(len(values) for values in series) - 0.5)
     axes.locator_params("x", integer=True, nbins=7)
     axes.set_xlabel("block")
+    axes.grid(axis="y")
+    return _svg(figure, label)
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A point of a `scatter`, with the bounds of y and the mark that the page explains.
+
+    Args:
+        second: drawn as the second series is.
+        front: whether the line of the best goes through it.
+    """
+
+    x: float
+    y: float
+    low: float
+    high: float
+    mark: str
+    second: bool = False
+    front: bool = False
+
+
+def scatter(label: str, xlabel: str, ylabel: str, points: Sequence[Point], log: bool) -> str:
+    """Points with their intervals, and a line through the best of them.
+
+    Args:
+        log: whether the y axis is logarithmic.
+
+    Returns:
+        An `<svg>` element.
+
+    Raises:
+        SalienceError: matplotlib is not installed.
+    """
+    figure, axes = _new(_TALL, _WIDE)
+    shown = [p for p in points if isfinite(_drawable(p.x)) and isfinite(_drawable(p.y, log))]
+    front = sorted((p.x, p.y) for p in shown if p.front)
+    axes.plot(*zip(*front, strict=True), color=_MUTED, linewidth=1, linestyle=(0, (1, 2)))
+    for point in shown:
+        style = _SERIES[point.second]
+        low, high = (_drawable(bound, log) for bound in (point.low, point.high))
+        axes.plot([point.x, point.x], [low, high], color=style["color"], linewidth=1.2)
+        axes.plot([point.x], [point.y], **{**style, "linestyle": "none"}, markersize=5)
+    if log:
+        _log_ticks(axes)
+    axes.margins(x=0.12, y=0.12)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="both")
+    _name_points(axes, shown, log)
+    return _svg(figure, label)
+
+
+def curves(
+    label: str,
+    xlabel: str,
+    series: Sequence[tuple[Sequence[float], Sequence[float]]],
+    *,
+    log: bool = False,
+    limits: Limits | None = None,
+    ticks: Sequence[float] | None = None,
+    begun: Sequence[float] = (),
+) -> str:
+    """One or two series of (x, y).
+
+    Args:
+        log: whether y is logarithmic.
+        limits: of y.
+        ticks: of x, which is then logarithmic; None for a plain axis, without marks on the lines.
+        begun: x where something began: upright lines.
+
+    Returns:
+        An `<svg>` element.
+
+    Raises:
+        SalienceError: matplotlib is not installed.
+    """
+    figure, axes = _new(_HEIGHT)
+    for x in begun:
+        axes.axvline(x, color=_GRID, linewidth=0.8)
+    for (xs, ys), style in zip(series, _SERIES, strict=False):
+        plain = {} if ticks is not None else {"marker": None}
+        shown = [_drawable(value, log) for value in ys]
+        axes.plot(xs, shown, **{**style, **plain}, linewidth=1.2, markersize=4.0)
+    if limits:
+        axes.set_ylim(*limits)
+    if log:
+        _log_ticks(axes)
+    else:
+        axes.locator_params("y", nbins=5)
+    if ticks is not None:
+        axes.set_xscale("log")
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.set_xticks([], minor=True)
+    axes.set_xlabel(xlabel)
     axes.grid(axis="y")
     return _svg(figure, label)
 
@@ -153,13 +250,42 @@ def key(names: Sequence[str]) -> str:
     return f'<p class="key">{"".join(items)}</p>'
 
 
-def _new(height: float) -> "tuple[Figure, Axes]":
+def _name_points(axes: "Axes", points: Sequence[Point], log: bool) -> None:
+    """Write each point's mark beside it; the marks of points that lie together stand together."""
+    if not points:
+        return
+    heights = [log10(point.y) if log else point.y for point in points]
+    widths = [point.x for point in points]
+    tall = (max(heights) - min(heights)) or 1.0
+    wide = (max(widths) - min(widths)) or 1.0
+    clusters: list[list[tuple[float, float, Point]]] = []
+    for point, height in sorted(zip(points, heights, strict=True), key=lambda pair: -pair[1]):
+        place = (point.x / wide, height / tall, point)
+        near = [c for c in clusters if abs(c[-1][0] - place[0]) < 0.08]
+        near = [c for c in near if abs(c[-1][1] - place[1]) < 0.07]
+        if near:
+            near[0].append(place)
+        else:
+            clusters.append([place])
+    for cluster in clusters:
+        middle = cluster[len(cluster) // 2][2]
+        axes.annotate(
+            ", ".join(point.mark for _, _, point in cluster),
+            (max(point.x for _, _, point in cluster), middle.y),
+            xytext=(7, 0),
+            textcoords="offset points",
+            va="center",
+            color=_MUTED,
+        )
+
+
+def _new(height: float, width: float = _WIDTH) -> "tuple[Figure, Axes]":
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise SalienceError("plots need matplotlib; pip install matplotlib") from None
+        raise SalienceError("plots need matplotlib; pip install 'salience[plots]'") from None
     with _settings(""):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(width, height), layout="constrained")
         return figure, figure.subplots()
 
 

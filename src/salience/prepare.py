@@ -20,7 +20,7 @@ from salience.recipe import Recipe
 from salience.scheme import Scheme
 from salience.search import Search
 from salience.serving import Finding, findings, rejection
-from salience.source import open_source
+from salience.source import Source, open_source
 from salience.structure import codable, find_blocks, kept
 from salience.writer import float_dtype
 
@@ -43,7 +43,7 @@ class Prepared:
 
 
 def prepare(
-    model: str,
+    model: str | Source,
     *,
     method: str | None = None,
     effort: str | None = None,
@@ -64,7 +64,8 @@ def prepare(
     """What the options of `quantize`, which has them all, come to for a model.
 
     Args:
-        model: as of `quantize`, and so are the options up to `trust_remote_code`.
+        model: as of `quantize`, or opened already; the options up to `trust_remote_code` are
+            those of `quantize` too.
         search: scales and grids found before.
         prove: run padded blocks with their weights.
 
@@ -75,7 +76,8 @@ def prepare(
     chosen = base = get_method(method, effort, act_order)
     fmt = get_format(format or default_format(method))
     stored, place = float_dtype(dtype), resolve_device(device)
-    source, padding = open_source(model, trust_remote_code), None
+    source = open_source(model, trust_remote_code) if isinstance(model, str) else model
+    padding = None
     if pad_intermediate is not None:
         source, padding = pad(source, pad_intermediate, place, prove)
     skeleton = source.skeleton()

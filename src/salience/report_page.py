@@ -16,46 +16,12 @@ from typing import Any
 
 from salience import plots
 from salience.errors import SalienceError
+from salience.html_page import document, figure, figures, seconds, size, table
 from salience.report import LinearReport, Report
 
 _MAX_PLOTS = 24  # of one sort; a report may name any number of kinds
 _MAX_NAMES = 30
 _WORST = 20
-
-_STYLE = """
-:root { color-scheme: light dark; --page: #fff; --card: #f5f6f8; }
-@media (prefers-color-scheme: dark) { :root { --page: #14161a; --card: #1d2025; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 16px; background: var(--page);
-  color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 8px 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 40px 0 4px; }
-h3 { font-size: 1rem; margin: 24px 0 4px; }
-p { margin: 4px 0 12px; max-width: 75ch; color: var(--muted); overflow-wrap: anywhere; }
-code { font-size: .9em; overflow-wrap: anywhere; }
-.tiles, .plots { display: grid; gap: 12px; }
-.tiles { grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); margin: 16px 0; }
-.tiles div { background: var(--card); border-radius: 8px; padding: 10px 14px; }
-.tiles b { display: block; font-size: 1.4rem; }
-.tiles span, figcaption, .key { font-size: .875rem; color: var(--muted); }
-.plots { grid-template-columns: repeat(auto-fill, minmax(min(320px, 100%), 1fr)); }
-figure { margin: 0; min-width: 0; background: var(--card); border-radius: 8px; padding: 8px 10px; }
-figcaption { overflow-wrap: anywhere; margin-bottom: 4px; }
-figcaption b { color: var(--ink); }
-.key span { display: inline-flex; align-items: center; gap: 8px; margin-right: 20px; }
-.key svg { width: 28px; height: 12px; flex: none; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 5px 14px 5px 0; text-align: left; vertical-align: top;
-  border-bottom: 1px solid var(--grid); }
-th { color: var(--muted); font-weight: 500; }
-.wide td, .wide th { white-space: nowrap; }
-.number { text-align: right; }
-.facts { width: 100%; }
-.facts th { width: 11rem; }
-.facts td { overflow-wrap: anywhere; }
-@media (max-width: 500px) { .facts th { width: 7rem; } }
-"""
 
 
 def write_page(report: Report, out: Path, force: bool = False) -> None:
@@ -91,17 +57,7 @@ def page(report: Report) -> str:
         SalienceError: matplotlib is not installed.
     """
     title = escape(f"{Path(report.model).name or report.model} {report.scheme}")
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{title} - salience report</title>
-<style>{plots.STYLE}{_STYLE}</style>
-</head>
-<body>
-<h1>{title}</h1>
+    body = f"""<h1>{title}</h1>
 <p>What <code>salience quantize</code> did to {escape(report.model)}: method
 {escape(report.method)}, effort {escape(report.effort)}, format {escape(report.format)}.</p>
 {_tiles(report)}
@@ -110,10 +66,8 @@ def page(report: Report) -> str:
 {_clips(report)}
 {_costs(report)}
 {_worst(report)}
-{_summary(report)}
-</body>
-</html>
-"""
+{_summary(report)}"""
+    return document(f"{title} - salience report", body)
 
 
 def _tiles(report: Report) -> str:
@@ -125,8 +79,8 @@ def _tiles(report: Report) -> str:
         "bits a weight": f"{report.bits_per_weight:.2f}",
         "linears quantized": f"{len(report.linears)}",
         "linears that kept plain rounding": f"{kept}",
-        "whole run": _seconds(report.seconds),
-        "most memory": _size(report.peak_rss_bytes),
+        "whole run": seconds(report.seconds),
+        "most memory": size(report.peak_rss_bytes),
     }
     cells = (f"<div><b>{value}</b><span>{name}</span></div>" for name, value in tiles.items())
     return f'<div class="tiles">{"".join(cells)}</div>'
@@ -150,8 +104,8 @@ def _errors(report: Report) -> str:
     limits = plots.shared_limits([values for pair in series.values() for values in pair])
     if limits is None:
         return head + "<p>There is no error to draw.</p>"
-    return head + _plots(
-        _figure(kind, plots.lines(f"output error of {kind}", pair, log=True, limits=limits))
+    return head + figures(
+        figure(kind, plots.lines(f"output error of {kind}", pair, log=True, limits=limits))
         for kind, pair in series.items()
     )
 
@@ -177,10 +131,10 @@ def _exponents(report: Report) -> str:
             top = max([1.0, *(v for values in pair for v in values if v < 10)])
             label = f"alpha and beta of {prev} into {', '.join(sinks)}"
             svg = plots.lines(label, pair, limits=(-0.06, top + 0.06))
-            drawn.append(_figure(prev, svg, f"into {', '.join(sinks)}"))
+            drawn.append(figure(prev, svg, f"into {', '.join(sinks)}"))
     if not drawn:
         return head + "<p>No scale was folded into this model.</p>"
-    return head + plots.key(["alpha", "beta"]) + _plots(drawn)
+    return head + plots.key(["alpha", "beta"]) + figures(drawn)
 
 
 def _clips(report: Report) -> str:
@@ -203,34 +157,34 @@ def _clips(report: Report) -> str:
     middle = [median(values) if values else nan for values in blocks]
     low, high = ([end(v) if v else nan for v in blocks] for end in (min, max))
     over = plots.lines("clip ratio over the blocks", [middle], band=(low, high))
-    return head + _plots(
+    return head + figures(
         [
-            _figure("By kind", by_kind, "smallest to largest; thick: middle half; dot: median"),
-            _figure("Over depth", over, "median of the block's linears; shaded: all of them"),
+            figure("By kind", by_kind, "smallest to largest; thick: middle half; dot: median"),
+            figure("Over depth", over, "median of the block's linears; shaded: all of them"),
         ]
     )
 
 
 def _costs(report: Report) -> str:
     head = "<h2>Time and memory</h2>"
-    figures = []
+    drawn = []
     if report.phase_seconds:
         label = "seconds of each phase"
-        figures.append(_figure("Phases", plots.bars(label, "seconds", report.phase_seconds)))
+        drawn.append(figure("Phases", plots.bars(label, "seconds", report.phase_seconds)))
     if report.blocks:
-        seconds = [block.seconds for block in report.blocks]
+        times = [block.seconds for block in report.blocks]
         rss = [block.peak_rss_bytes / 2**30 for block in report.blocks]
         vram = [block.peak_vram_bytes / 2**30 for block in report.blocks]
-        svg = plots.lines("seconds of each block", [seconds], limits=_from_zero(seconds))
-        figures.append(_figure("Seconds of each block", svg))
+        svg = plots.lines("seconds of each block", [times], limits=_from_zero(times))
+        drawn.append(figure("Seconds of each block", svg))
         memory = {"Process": rss} | ({"GPU": vram} if any(vram) else {})
         for name, values in memory.items():
             label = f"{name} memory, GiB"
             svg = plots.lines(label, [values], limits=_from_zero(values))
-            figures.append(_figure(label, svg, "most up to the end of the block"))
+            drawn.append(figure(label, svg, "most up to the end of the block"))
     else:
         head += "<p>This report has no times of its blocks.</p>"
-    return head + _plots(figures)
+    return head + figures(drawn)
 
 
 def _worst(report: Report) -> str:
@@ -256,7 +210,7 @@ def _worst(report: Report) -> str:
         ]
         for linear in ranked[:_WORST]
     ]
-    return "<h2>Linears with the largest output error</h2>" + _table(names, rows, range(1, 9))
+    return "<h2>Linears with the largest output error</h2>" + table(names, rows, range(1, 9))
 
 
 def _summary(report: Report) -> str:
@@ -277,9 +231,9 @@ def _summary(report: Report) -> str:
         "calibration": _pairs(text) if text else "none",
         "device": report.device,
         "kept float": _listed(report.kept_modules) or "none",
-        "time": _seconds(report.seconds),
-        "phases": _pairs({k: _seconds(v) for k, v in report.phase_seconds.items()}) or "unknown",
-        "most memory": _size(report.peak_rss_bytes),
+        "time": seconds(report.seconds),
+        "phases": _pairs({k: seconds(v) for k, v in report.phase_seconds.items()}) or "unknown",
+        "most memory": size(report.peak_rss_bytes),
         "versions": _pairs(report.versions) or "unknown",
     }
     rows = (f'<tr><th scope="row">{k}</th><td>{escape(v)}</td></tr>' for k, v in facts.items())
@@ -294,7 +248,7 @@ def _summary(report: Report) -> str:
             ]
             for fold in report.folds
         ]
-        result += "<h3>Folds found by experiment</h3>" + _table(names, folds, range(3, 5))
+        result += "<h3>Folds found by experiment</h3>" + table(names, folds, range(3, 5))
     return result
 
 
@@ -342,29 +296,6 @@ def _sinks(fold: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(sink) for sink in sinks) if isinstance(sinks, list) else ()
 
 
-def _figure(title: str, svg: str, note: str = "") -> str:
-    note = f" {escape(note)}" if note else ""
-    return f"<figure><figcaption><b>{escape(title)}</b>{note}</figcaption>{svg}</figure>"
-
-
-def _plots(figures: Iterable[str]) -> str:
-    return f'<div class="plots">{"".join(figures)}</div>'
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]], numbers: range) -> str:
-    """A table of cells that are HTML already; it scrolls by itself where it is too wide."""
-    kinds = [' class="number"' if i in numbers else "" for i in range(len(names))]
-    head = "".join(f'<th scope="col"{k}>{name}</th>' for k, name in zip(kinds, names, strict=True))
-    body = "".join(
-        f"<tr>{''.join(f'<td{k}>{cell}</td>' for k, cell in zip(kinds, row, strict=True))}</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="wide" tabindex="0"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
-
-
 def _from_zero(values: Sequence[float]) -> plots.Limits:
     top = max((value for value in values if isfinite(value) and value < 1e30), default=0.0)
     return (0.0, 1.1 * top if top > 0 else 1.0)
@@ -386,11 +317,3 @@ def _listed(values: Iterable[str]) -> str:
 
 def _ratio(error: float, error_rtn: float) -> str:
     return f"{error / error_rtn:.2f}" if error_rtn else "-"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.1f} s" if value < 100 else f"{value:.0f} s"
-
-
-def _size(count: float) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

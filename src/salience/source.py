@@ -131,9 +131,11 @@ class Source:
             raise SalienceError(f"{self.path}: mixture-of-experts GGUF files are not supported")
         make = gguf_utils.TENSOR_PROCESSORS.get(stored.architecture, gguf_utils.TensorProcessor)
         processor = make(config=self.config.to_dict())
-        hf_names = gguf_utils.get_gguf_hf_weights_map(
-            cast(Any, model), processor, model_type=stored.architecture
-        )
+        if "_gguf_names" not in self.__dict__:  # takes seconds, and is the same for each skeleton
+            self.__dict__["_gguf_names"] = gguf_utils.get_gguf_hf_weights_map(
+                cast(Any, model), processor, model_type=stored.architecture
+            )
+        hf_names = self.__dict__["_gguf_names"]
         names = {hf: name for name, hf in hf_names.items()}
         if stored.architecture in _ROW_ARCHITECTURES:
             names |= {

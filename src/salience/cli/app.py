@@ -11,6 +11,7 @@ import typer
 
 from salience.cli import bench
 from salience.cli.chat import chat
+from salience.cli.compare import compare
 from salience.cli.doctor import doctor
 from salience.cli.evaluate import evaluate
 from salience.cli.models import convert, inspect
@@ -31,6 +32,7 @@ app.command()(convert)
 app.command()(inspect)
 app.command()(doctor)
 app.command("eval")(evaluate)
+app.command()(compare)
 app.command()(chat)
 app.command()(serve)
 app.command()(report)

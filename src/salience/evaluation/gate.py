@@ -6,11 +6,11 @@ Conditions are parted by `;`. Each is a metric, `<=` or `>=`, and a limit:
 
     1.03x   a ratio to the reference: perplexity, prefill, decode, disk, bits, ram, vram
     0.05    the value itself: perplexity, kl, agreement, decode and prefill (tokens/s), bits
-    -1.0    with a sign: points (hundredths) of difference to the reference: tasks, agreement's
-            kin; without one, 61.5, the score itself in points
+    -1.0    with a sign: points (hundredths) of difference to the reference, for tasks;
+            without one, 61.5, the score itself in points
     8GiB    a size: disk, ram, vram
 
-`ppl` is perplexity. `decode` is at batch 1, `decode@4` and `decode@16` at others. `ram` and `vram`
+`ppl` is perplexity. `decode` is at the smallest batch timed, `decode@16` at that one. `ram`, `vram`
 are the peaks while text is generated, `ram@load` and `vram@load` what the loaded model takes. Any
 other name is a task's.
 
@@ -81,15 +81,23 @@ class Condition:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """A condition that does not hold for a model: the line to print."""
+    """A condition that does not hold for a model: the line to print.
+
+    Args:
+        measured: None for what was not measured.
+        reason: why nothing was.
+    """
 
     model: str
     condition: Condition
     measured: Interval | None
+    reason: str = ""
 
     def __str__(self) -> str:
         wanted = f"wanted {'at most' if self.condition.at_most else 'at least'} "
         wanted += _shown(self.condition, self.condition.limit)
+        if self.reason:
+            return f"{self.model}: it could not be measured: {self.reason}"
         if self.measured is None:
             return f"{self.model}: {self.condition.metric} was not measured, {wanted}"
         value, low, high = (

@@ -65,6 +65,13 @@ class Parts:
         ids = chunk[None].to(self.device)
         return self.second(input_ids=ids, use_cache=False).logits[0].float()
 
+    def to(self, device: torch.device) -> "Parts":
+        """The same parts elsewhere; the modules are moved, not copied."""
+        for module in (self.first, self.second):
+            if isinstance(module, nn.Module):
+                module.to(device)
+        return replace(self, device=device)
+
     def without_first(self) -> "Parts":
         """The second part alone: what the decoder takes is free when the model is."""
         return self if self.second is None else replace(self, first=None)

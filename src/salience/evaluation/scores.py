@@ -83,6 +83,13 @@ class _Chunks:
         return self.ids.shape[1]
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """A folder that stays."""
+
+    name: str
+
+
 class Reference:
     """The logits of a model on a text, to compare others with. Made by `record`.
 
@@ -144,6 +151,41 @@ class Reference:
             sums.add(parts, hidden, chunk)
         reference.scores = sums.scores()
         return reference
+
+    def keep(self, folder: Path) -> None:
+        """Leave the hidden states in a folder of their own, for `reopen` in another process.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+        """
+        with disk_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in Path(self._folder.name).glob("*.pt"):
+                file.replace(folder / file.name)
+            self._folder.cleanup()
+        self._folder = _Kept(str(folder))
+
+    @classmethod
+    def reopen(
+        cls, model: Any, tokenizer: Any, text: str, context: int, scores: Scores, folder: Path
+    ) -> "Reference":
+        """The reference that `keep` left, with the model that made it.
+
+        Args:
+            model: the same model; of it stays what comes after the decoder, if it is `portable`.
+            tokenizer: its tokenizer.
+            text: the same text.
+            context: tokens in a chunk.
+            scores: of the reference, of as many chunks.
+            folder: that of `keep`.
+        """
+        chunks = _cut(tokenizer, text, context, len(scores.nll))
+        parts = take_apart(model, chunks.ids[0])
+        return cls(parts.without_first(), chunks, scores, _Kept(str(folder)))
+
+    def to(self, device: torch.device) -> None:
+        """Move what is kept of the model."""
+        self._parts = self._parts.to(device)
 
     @property
     def portable(self) -> bool:

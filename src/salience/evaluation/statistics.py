@@ -182,13 +182,13 @@ def verdict(change: Interval, unit: str, reference: str, higher_is_better: bool)
     if not (math.isfinite(change.low) and math.isfinite(change.high)):
         return Verdict("unknown", f"too little was measured to tell it from {reference}")
     if change.low <= 0 <= change.high:
-        half = _rounded(change.half, change.half)
-        value = _rounded(change.value, change.half, signed=True)
+        half = digits(change.half, change.half)
+        value = digits(change.value, change.half, signed=True)
         text = f"not distinguishable from {reference} ({value} \u00b1 {half} {unit})"
         return Verdict("same", text)
     better = (change.value > 0) == higher_is_better
     kind = "better" if better else "worse"
-    value, half = _rounded(abs(change.value), change.half), _rounded(change.half, change.half)
+    value, half = digits(abs(change.value), change.half), digits(change.half, change.half)
     spread = f" \u00b1 {half}" if change.half else ""
     return Verdict(kind, f"{kind} by {value}{spread} {unit}")
 
@@ -245,9 +245,12 @@ def _exp(value: float) -> float:
     return math.exp(value) if value < 700 else math.inf
 
 
-def _rounded(value: float, spread: float, signed: bool = False) -> str:
+def digits(value: float, spread: float, signed: bool = False) -> str:
     """A value with the digits that its spread leaves it, or three without one."""
+    if not math.isfinite(value):
+        return "unknown"
     size = spread if 0 < spread < math.inf else abs(value) / 100
     exponent = math.floor(math.log10(size)) if size > 0 else 0
-    digits = min(6, max(0, int(size < 3 * 10.0**exponent) - exponent))
-    return f"{value:{'+' if signed else ''}.{digits}f}"
+    more = 0 < size < 2.95 * 10.0**exponent  # two digits where the first is 1 or 2
+    places = min(6, max(0, more - exponent))
+    return f"{value:{'+' if signed else ''}.{places}f}"
