@@ -16,7 +16,7 @@ lint: $(VENV)/.installed
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -q -d site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -d site
 
 # torch comes first and alone: from the list of all packages pip would pick a CUDA build.
 $(VENV)/.installed: pyproject.toml constraints.txt

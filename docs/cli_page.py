@@ -14,9 +14,9 @@ def page() -> str:
     """The page, in Markdown."""
     parts = [
         "# Command line",
-        "Exit status: 0 done, 1 something else, 2 wrong use or bad input, 3 does not fit, "
-        "130 interrupted. Errors a user can cause are one line on stderr; with `--json` stdout "
-        "has one JSON object and nothing else.",
+        "Exit status: 0 done, 1 something else, 2 wrong use or bad input, 3 does not fit, 4 a gate "
+        "that does not hold, 130 interrupted. Errors a user can cause are one line on stderr; with "
+        "`--json` stdout has one JSON object and nothing else.",
     ]
     for name, command in sorted(commands().items()):
         parts += [f"## {name}", _plain(command.help or "")]

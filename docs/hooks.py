@@ -33,6 +33,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 _ASKED = re.compile(r"\{\{ (\w+)((?: [\w.@-]+)*) \}\}")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+_SOURCE = '<details class="mkdocstrings-source"'
 _ROOT_FILES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
 
 
@@ -172,4 +173,6 @@ def on_page_content(html: str, **_: Any) -> str:
         display = "block" if match[1] == "div" else "inline"
         return str(convert(unescape(match[2]), display=display))
 
+    # The search finds what a page says; code would fill its list.
+    html = html.replace(_SOURCE, f"{_SOURCE} data-search-exclude")
     return _FORMULA.sub(mathml, html)

@@ -50,13 +50,20 @@ def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
     return importlib.import_module("hooks")
 
 
+def build(config: Path, out: Path) -> subprocess.CompletedProcess[str]:
+    """Run mkdocs as `make docs` does: with -q it would drop warnings before it counts them."""
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(config)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(
+        [*command, "-d", str(out)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built site."""
     out = tmp_path_factory.mktemp("site")
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(out)]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    run = build(ROOT / "mkdocs.yml", out)
     assert run.returncode == 0, run.stderr
     return out
 
@@ -82,6 +89,17 @@ class Page(HTMLParser):
         if tag == "link" and values.get("rel") not in ("canonical", "next", "prev"):
             self.loaded.append(values.get("href", ""))
         self.loaded += re.findall(r"url\(([^)]*)\)", values.get("style", ""))
+
+
+@pytest.mark.parametrize("link", ["other.md", "index.md#nowhere", "#nowhere"])
+def test_a_wrong_link_fails_the_build(tmp_path: Path, link: str) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs/index.md").write_text(f"# Page\n\n[link]({link})\n", encoding="utf-8")
+    own = f"INHERIT: {ROOT}/mkdocs.yml\ndocs_dir: docs\nnav: [index.md]\nhooks: []\nplugins: []\n"
+    (tmp_path / "mkdocs.yml").write_text(own, encoding="utf-8")
+    run = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert run.returncode == 1
+    assert f"contains a link '{link}'" in run.stderr
 
 
 @pytest.mark.slow
@@ -289,6 +307,14 @@ def test_the_page_of_options_has_them_all(hooks: Any) -> None:
             if param.param_type_name == "option" and not param.hidden:
                 assert all(f"`{option}`" in own for option in param.opts), (name, param.name)
     assert "One of `awq`, `gptq`, `rtn`, `nf4`." in page
+
+
+@pytest.mark.parametrize("name", ["salience", "salience.runtime", "salience.hf"])
+def test_the_reference_has_every_public_name(name: str) -> None:
+    public = importlib.import_module(name).__all__
+    text = "".join(path.read_text(encoding="utf-8") for path in PAGES if path.parent != ROOT)
+    for each in public:
+        assert re.search(rf"^::: {name}\.{each}$|members: \[.*\b{each}\b", text, re.MULTILINE), each
 
 
 def test_routes_on_the_server_page_exist() -> None:
