@@ -15,7 +15,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 from salience.kernels import fused
-from salience.kernels.fused import plain
+from salience.kernels.fused import attention_cuda, plain
 
 pytest.importorskip("triton")
 from salience.kernels.fused import argmax_triton, attention_triton, rope_triton, rows_triton
@@ -36,6 +36,16 @@ TRITON = SimpleNamespace(
 )
 NO_NORM = (None, None, 0.0, 0.0, True)  # the last arguments of rope_update
 Ops = ModuleType | SimpleNamespace
+
+
+def _by_cuda(q: Tensor, k: Tensor, v: Tensor, at: Tensor, *rest: object) -> Tensor:
+    if not attention_cuda.supports(q, k, v, at):
+        pytest.skip("not for this GPU, or not for these tensors")
+    return attention_cuda.decode_attention(q, k, v, at, *rest)  # type: ignore[arg-type]
+
+
+CUDA = SimpleNamespace(decode_attention=_by_cuda)
+by_three = pytest.mark.parametrize("ops", [plain, TRITON, CUDA], ids=["plain", "triton", "cuda"])
 by_both = pytest.mark.parametrize("ops", [plain, TRITON], ids=["plain", "triton"])
 
 
@@ -255,7 +265,7 @@ def attended(
     close(found, attention64(heads, k, v, at, *settings_))
 
 
-@by_both
+@by_three
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "case",

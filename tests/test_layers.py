@@ -48,6 +48,7 @@ LAYERS = {
     "salience.kernels.fused._dependent": 18,
     "salience.kernels.fused.plain": 18,
     "salience.kernels.fused.argmax_triton": 19,
+    "salience.kernels.fused.attention_cuda": 19,
     "salience.kernels.fused.attention_triton": 19,
     "salience.kernels.fused.rope_triton": 19,
     "salience.kernels.fused.rows_triton": 19,

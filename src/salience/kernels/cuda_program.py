@@ -70,7 +70,7 @@ class Kernel:
         self,
         grid: tuple[int, ...],
         threads: int,
-        arguments: "tuple[Tensor | TensorMapDescriptor | int, ...]",
+        arguments: "tuple[Tensor | TensorMapDescriptor | int | float, ...]",
         shared: int = 0,
         cluster: int = 1,
         overlap: bool = False,
@@ -80,7 +80,7 @@ class Kernel:
         Args:
             grid: blocks in x, y, z; of clusters, where there are any.
             threads: of a block.
-            arguments: tensors go as pointers, numbers as int32, tensor maps as they are.
+            arguments: tensors go as pointers, numbers as int32 or fp32, tensor maps as they are.
             shared: bytes of dynamic shared memory of a block.
             cluster: blocks in x that share their memory.
             overlap: may start before the kernel before it ends (it waits for it itself).
@@ -124,6 +124,8 @@ def kernel(
 def _value(argument: Any) -> Any:
     if isinstance(argument, Tensor):
         return argument.data_ptr()
+    if isinstance(argument, float):
+        return ctypes.c_float(argument)
     return ctypes.c_int(argument) if isinstance(argument, int) else argument
 
 

@@ -4,7 +4,8 @@ One token's activations are some kilobytes: a GPU takes longer to start a kernel
 with them, and a step in PyTorch starts about ten kernels a norm or rotation. The ops here are
 registered with torch.library (`torch.ops.salience.*`): opaque to torch.compile, safe to capture in
 a CUDA graph (they read no tensor on the host, and the number of programs depends on shapes only).
-On GPUs they are Triton kernels, elsewhere `plain`.
+On GPUs they are Triton kernels, attention from sm90 on one in CUDA C++; elsewhere
+`plain`.
 
 They round to the dtype of their input where the modules of Transformers do, so that a model that
 uses them follows the one that does not.
@@ -14,6 +15,7 @@ their last axis is contiguous. Outputs are contiguous.
 """
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -207,12 +209,25 @@ def _(logits: Tensor) -> Tensor:
 
 
 if find_spec("triton") is not None and torch.cuda.is_available():
-    from salience.kernels.fused import argmax_triton, attention_triton, rope_triton, rows_triton
+    from salience.kernels.fused import (
+        argmax_triton,
+        attention_cuda,
+        attention_triton,
+        rope_triton,
+        rows_triton,
+    )
+
+    def _decode_attention(
+        q: Tensor, k_cache: Tensor, v_cache: Tensor, positions: Tensor, *rest: Any, **named: Any
+    ) -> Tensor:
+        takes = attention_cuda.supports(q, k_cache, v_cache, positions)
+        attention = attention_cuda if takes else attention_triton
+        return attention.decode_attention(q, k_cache, v_cache, positions, *rest, **named)
 
     rms_norm.register_kernel("cuda", rows_triton.rms_norm)
     add_rms_norm.register_kernel("cuda", rows_triton.add_rms_norm)
     silu_mul.register_kernel("cuda", rows_triton.silu_mul)
     gelu_mul.register_kernel("cuda", rows_triton.gelu_mul)
     rope_update.register_kernel("cuda", rope_triton.rope_update)
-    decode_attention.register_kernel("cuda", attention_triton.decode_attention)
+    decode_attention.register_kernel("cuda", _decode_attention)
     argmax.register_kernel("cuda", argmax_triton.argmax)
