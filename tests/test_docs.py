@@ -136,6 +136,7 @@ def test_the_site_loads_nothing_from_elsewhere(site: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.xdist_group("site")
 def test_nothing_on_the_site_was_left_to_be_filled_in(site: Path) -> None:
+    assert not list(site.rglob("*.py*"))
     for path in site.rglob("*.html"):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\{\{ |arithmatex|\\\(|shared/", text), path.relative_to(site)
