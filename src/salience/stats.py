@@ -50,7 +50,7 @@ class SecondMoment:
 
     @property
     def mean_abs(self) -> Tensor:
-        """E[|x|] [in]."""
+        """E[|x|], of [in]."""
         return self.abs_sum / max(self.count, 1)
 
 
