@@ -7,6 +7,7 @@ make one kernel; what was compiled is kept on disk, since a kernel takes half a 
 import ctypes
 import functools
 import hashlib
+import threading
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from salience.machine import cache_folder
 
 if TYPE_CHECKING:
     from cuda.core import TensorMapDescriptor
+
+_thread = threading.local()  # which threads have a GPU's context
 
 SCALES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}  # macro SCALE of all kernels
 
@@ -85,8 +88,12 @@ class Kernel:
             cluster: blocks in x that share their memory.
             overlap: may start before the kernel before it ends (it waits for it itself).
         """
-        from cuda.core import LaunchConfig, Stream, launch
+        from cuda.core import Device, LaunchConfig, Stream, launch
 
+        if not getattr(_thread, "ready", False):
+            # torch binds a thread to a GPU at its first call of the runtime, which may come later
+            Device(torch.cuda.current_device()).set_current()
+            _thread.ready = True
         if shared > 48 * 1024 and shared > self._shared:
             self._allow(shared)
         config = LaunchConfig(
