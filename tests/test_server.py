@@ -281,7 +281,7 @@ class Spelled:
     def __init__(self, tokens: list[int]) -> None:
         self._left = [*tokens, 0]
 
-    def mask(self) -> torch.Tensor:
+    def mask(self, left: int | None = None) -> torch.Tensor:
         mask = torch.zeros(10, dtype=torch.int32)
         mask[self._left[0] // 32] |= (
             1 << self._left[0] % 32 if self._left[0] % 32 < 31 else -(2**31)
