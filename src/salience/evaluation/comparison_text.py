@@ -2,6 +2,7 @@
 
 from salience.evaluation.comparison import Cell, Comparison, Row
 from salience.evaluation.statistics import digits
+from salience.html_page import size
 
 # What is shown of each metric: title, and how.
 _TITLES = {
@@ -65,11 +66,6 @@ def beside(metric: str, cell: Cell | None) -> str:
         return f"{change.value:.2f} \u00d7"
     value, half = digits(change.value, change.half), digits(change.half, change.half)
     return f"{value} \u00b1 {half} \u00d7" if change.half < 1e300 else f"{change.value:.2f} \u00d7"
-
-
-def size(count: float) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
 def markdown(comparison: Comparison) -> str:
