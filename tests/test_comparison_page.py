@@ -18,9 +18,7 @@ from salience.evaluation.gate import parse_gate
 from test_report_page import Page
 
 NASTY = '<script>alert(1)</script> "&|` $x^2$'
-CHROMIUM = "/usr/bin/chromium"
-ARGUMENTS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
-ARGUMENTS += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
+pytest_plugins = ["fixtures_page"]  # chromium
 
 
 @pytest.fixture(scope="module")
@@ -138,32 +136,24 @@ def test_little_was_measured() -> None:
 
 
 @pytest.mark.slow
-def test_a_browser_shows_it_without_a_word(text: str, tmp_path: Path) -> None:
+def test_a_browser_shows_it_without_a_word(text: str, tmp_path: Path, chromium: Any) -> None:
     """No console message, no request, and nothing wider than a phone but the table."""
-    if not Path(CHROMIUM).exists():
-        pytest.skip("no chromium here")
-    playwright = pytest.importorskip("playwright.sync_api")
     file = tmp_path / "report.html"
     file.write_text(text, encoding="utf-8")
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        for scheme, width in (("light", 1250), ("dark", 1250), ("light", 390)):
-            tab: Any = browser.new_page(
-                viewport={"width": width, "height": 800}, color_scheme=scheme
-            )
-            said: list[str] = []
-            asked: list[str] = []
-            tab.on("console", lambda message, said=said: said.append(message.text))
-            tab.on("pageerror", lambda error, said=said: said.append(str(error)))
-            tab.on("request", lambda request, asked=asked: asked.append(request.url))
-            tab.goto(file.as_uri())
-            assert tab.evaluate("document.documentElement.scrollWidth") <= width
-            colours = "[getComputedStyle(document.body).color, getComputedStyle(document.body)"
-            ink, paper = tab.evaluate(f"{colours}.backgroundColor]")
-            assert (_brightness(ink) > _brightness(paper)) == (scheme == "dark")
-            assert said == [] and asked == [file.as_uri()]
-            tab.close()
-        browser.close()
+    for scheme, width in (("light", 1250), ("dark", 1250), ("light", 390)):
+        tab: Any = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)
+        said: list[str] = []
+        asked: list[str] = []
+        tab.on("console", lambda message, said=said: said.append(message.text))
+        tab.on("pageerror", lambda error, said=said: said.append(str(error)))
+        tab.on("request", lambda request, asked=asked: asked.append(request.url))
+        tab.goto(file.as_uri())
+        assert tab.evaluate("document.documentElement.scrollWidth") <= width
+        colours = "[getComputedStyle(document.body).color, getComputedStyle(document.body)"
+        ink, paper = tab.evaluate(f"{colours}.backgroundColor]")
+        assert (_brightness(ink) > _brightness(paper)) == (scheme == "dark")
+        assert said == [] and asked == [file.as_uri()]
+        tab.close()
 
 
 def _brightness(colour: str) -> int:
