@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import select
+import shutil
 import signal
 import struct
 import sys
@@ -152,12 +153,21 @@ class Program:
         os.close(self.master)
 
 
+@pytest.fixture(scope="module")
+def endless(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama without an end token: the seed of a talk is any, and so were its ends."""
+    folder = tmp_path_factory.mktemp("endless") / "llama"
+    shutil.copytree(llama, folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": []}))
+    return folder
+
+
 @pytest.fixture
-def start(llama: Path, tmp_path: Path) -> Iterator[Callable[..., Program]]:
+def start(endless: Path, tmp_path: Path) -> Iterator[Callable[..., Program]]:
     made: list[Program] = []
 
     def begin(*args: str, **options: int) -> Program:
-        made.append(Program(llama, tmp_path, *args, **options))
+        made.append(Program(endless, tmp_path, *args, **options))
         made[-1].ready()
         return made[-1]
 
