@@ -17,12 +17,19 @@ from tiny_models import error
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.xdist_group("model")]
 
-TOKENS = 80
+TOKENS = 40
 
 
 @pytest.fixture(scope="module")
 def text(smollm2: str) -> Tensor:
     return torch.tensor(open_source(smollm2).tokenizer(read_text("pydoc")[:5000])["input_ids"])
+
+
+@pytest.fixture(scope="module")
+def packed(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    salience.quantize(smollm2, out, method="rtn", scheme="w4g64")
+    return out
 
 
 def step_of(model: Any) -> Step:
@@ -67,11 +74,8 @@ def test_in_fp32_the_logits_are_the_same(smollm2: str, text: Tensor) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_packed_the_text_is_as_likely(
-    smollm2: str, text: Tensor, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    salience.quantize(smollm2, tmp_path / "packed", method="rtn", scheme="w4g64")
-    plain, fast = both(salience.load(tmp_path / "packed", device="cpu", dtype=dtype), text)
+def test_packed_the_text_is_as_likely(packed: Path, text: Tensor, dtype: torch.dtype) -> None:
+    plain, fast = both(salience.load(packed, device="cpu", dtype=dtype), text)
     expected, found = loss(plain, text), loss(fast, text)
-    assert 1 < expected < 4
+    assert 1 < expected < 5
     assert found == pytest.approx(expected, rel=5e-3)
