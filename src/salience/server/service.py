@@ -14,9 +14,11 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, TypeVar
 
-from salience.chat.prompt import defaults, encode
+from salience.chat.encoding import Encoder
+from salience.chat.prompt import defaults, write
 from salience.errors import SalienceError
 from salience.placement import input_device
 from salience.runtime import Engine, Sampling, TokenLogprob
@@ -244,6 +246,9 @@ class Service:
         self._guides = guides
         self._tools = tools
         self._threads = ThreadPoolExecutor(2, "salience-prepare")
+        untemplated = tokenizer.chat_template is None
+        self._texts = Encoder(tokenizer, engine.max_context, special=True)
+        self._chats = Encoder(tokenizer, engine.max_context, special=untemplated)
 
     @property
     def context(self) -> int:
@@ -294,6 +299,13 @@ class Service:
         """The tokens of a text that is no chat."""
         return await self.apart(lambda: list(self.tokenizer(text)["input_ids"]))
 
+    async def text_job(
+        self, text: str, sampling: Sampling, n: int, guide: Callable[[], Guide] | None
+    ) -> Job:
+        """A job whose prompt is a text that is no chat."""
+        tokens = await self.apart(lambda: self._texts.encode(text))
+        return Job(tokens, sampling, n, guide, partial(self._texts.keep, text))
+
     async def complete(self, job: Job) -> Stream:
         """Begin replies to a prompt of tokens.
 
@@ -334,16 +346,18 @@ class Service:
                 message = f"{name!r} is no variable that a request may set"
                 raise ApiError(message, param="chat_template_kwargs")
         tools = await self._use(job)
-        prompt = await self.apart(lambda: self._prompt(job, tools))
+        text = await self.apart(lambda: self._text(job, tools))
+        prompt = await self.apart(lambda: self._chats.encode(text))
         guide = await self._guide(job, tools)
         sampling = job.sampling if tools is None else tools.sampling(job.sampling)
-        return ChatStream(await self.complete(Job(prompt, sampling, job.n, guide)), tools)
+        made = Job(prompt, sampling, job.n, guide, partial(self._chats.keep, text))
+        return ChatStream(await self.complete(made), tools)
 
-    def _prompt(self, job: ChatJob, tools: ToolUse | None) -> list[int]:
+    def _text(self, job: ChatJob, tools: ToolUse | None) -> str:
         if tools is None:
-            return encode(self.tokenizer, templated(self.tokenizer, job.messages), **job.template)
+            return write(self.tokenizer, templated(self.tokenizer, job.messages), **job.template)
         messages = tools.messages(job.messages)
-        return encode(self.tokenizer, messages, tools.template_tools, **job.template)
+        return write(self.tokenizer, messages, tools.template_tools, **job.template)
 
     async def _use(self, job: ChatJob) -> ToolUse | None:
         make = self._tools
