@@ -51,7 +51,8 @@ class Encoder:
         self._most = most
         self._left = most_bytes
         self._apart = frozenset(tokenizer.get_added_vocab().values())
-        self._hidden = frozenset(tokenizer.all_special_ids)
+        added = tokenizer.added_tokens_decoder.items()
+        self._hidden = {index for index, token in added if token.special}
         self._known: OrderedDict[str, array[int]] = OrderedDict()
         self._lock = threading.Lock()
 
