@@ -206,32 +206,45 @@ async def leave(server: Server, count: int, minutes: float) -> dict[str, Any]:
 
 
 async def second_turn(server: Server, history: int, rounds: int) -> dict[str, Any]:
-    """First tokens of first turns, and of second turns that say as much that is new."""
-    first, second, cached, long = [], [], [], []
+    """First tokens of first turns, and of turns after a talk that say as much that is new.
+
+    The talk is a long text and as many short turns as make up its length, with replies drawn at
+    temperature 1 up to their own ends: a reply that goes on after its end (`ignore_eos`) has tokens
+    that its text does not show, which no next turn can have.
+    """
+    first, later, cached, long = [], [], [], []
     async with httpx.AsyncClient(timeout=600) as client:
         for number in range(rounds):
             generator = random.Random(number)
-            new = " ".join(generator.choices(WORDS, k=40))
-            talk = [{"role": "user", "content": new}]
+
+            def words(count: int, generator: random.Random = generator) -> dict[str, str]:
+                return {"role": "user", "content": " ".join(generator.choices(WORDS, k=count))}
+
+            talk = [words(40)]
             first.append((await ask(client, server.url, talk, 2, temperature=0))["first"])
-            long_text = " ".join(generator.choices(WORDS, k=history // 2))
-            talk = [{"role": "user", "content": long_text}]
-            said = await ask(client, server.url, talk, history // 2, temperature=1.0, seed=number)
-            newer = " ".join(generator.choices(WORDS, k=40))
-            talk += [
-                {"role": "assistant", "content": said["text"]},
-                {"role": "user", "content": newer},
-            ]
+            talk, had = [words(history // 2)], 0
+            while had < history:
+                said = await ask(
+                    client,
+                    server.url,
+                    talk,
+                    min(history // 4, max(history - had, 16)),
+                    temperature=1.0,
+                    seed=number + len(talk),
+                    ignore_eos=False,
+                )
+                had = said["usage"]["prompt_tokens"] + said["usage"]["completion_tokens"]
+                talk += [{"role": "assistant", "content": said["text"]}, words(40)]
             again = await ask(client, server.url, talk, 2, temperature=0)
-            second.append(again["first"])
+            later.append(again["first"])
             cached.append(again["usage"]["prompt_tokens_details"]["cached_tokens"])
             long.append(again["usage"]["prompt_tokens"])
     return {
-        "history_tokens": statistics.median(cached),
-        "prompt_tokens": statistics.median(long),
+        "cached_tokens": cached,
+        "prompt_tokens": long,
         "first_turn": statistics.median(first),
-        "second_turn": statistics.median(second),
-        "ratio": statistics.median(second) / statistics.median(first),
+        "second_turn": statistics.median(later),
+        "ratio": statistics.median(later) / statistics.median(first),
     }
 
 

@@ -132,7 +132,7 @@ def test_the_kept_tokens_say_the_talk(session: Session, engine: Engine) -> None:
     for text in ("a", "b"):
         session.ask(text)
     messages = session.talk.messages("c")
-    kept = session._encode(engine.tokenizer.apply_chat_template(messages, tokenize=False))
+    kept = session._encoder.encode(engine.tokenizer.apply_chat_template(messages, tokenize=False))
     written = engine.tokenizer.apply_chat_template(messages, tokenize=False)
     assert engine.tokenizer.decode(kept) == written
     assert kept != engine.tokenizer(written)["input_ids"]
@@ -160,7 +160,7 @@ def test_stop_string_is_not_in_the_next_prompt(session: Session, engine: Engine)
     session.sampling = replace(session.sampling, seed=3, stop=(whole[3:5],))
     assert session.ask("x").text == whole[: whole.index(whole[3:5])]
     text = engine.tokenizer.apply_chat_template(session.talk.messages("y"), tokenize=False)
-    assert session._encode(text) == engine.tokenizer(text)["input_ids"]
+    assert session._encoder.encode(text) == engine.tokenizer(text)["input_ids"]
 
 
 def test_stopped(session: Session) -> None:
@@ -264,4 +264,4 @@ def test_thoughts_are_told_apart_and_not_sent_back(thinker: Session) -> None:
     tokenizer = thinker.tokenizer
     text = tokenizer.apply_chat_template(thinker.talk.messages("y"), tokenize=False)
     assert "so" not in text and "It is 4." in text
-    assert thinker._encode(text) == tokenizer(text)["input_ids"]
+    assert thinker._encoder.encode(text) == tokenizer(text)["input_ids"]

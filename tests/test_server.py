@@ -14,6 +14,7 @@ from salience.chat.prompt import encode
 from salience.errors import SalienceError
 from salience.runtime import Sampling
 from salience.server.guard import Limits
+from tiny_models import make_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -155,22 +156,28 @@ def test_sampling_fields_reach_the_engine(served: Served, client: openai.OpenAI)
     assert answer.choices[0].message.content == expected.text
 
 
-def test_a_second_turn_reads_only_what_is_new(client: openai.OpenAI) -> None:
-    messages = [*MESSAGES]
+@pytest.mark.parametrize("seed", range(4))
+def test_a_second_turn_reads_only_what_is_new(client: openai.OpenAI, seed: int) -> None:
+    """Also where the drawn tokens are not those of their text, as random ones seldom are."""
+    tokenizer = make_tokenizer()
+    messages: list[Any] = [{"role": "user", "content": f"what is module {seed}"}]
     answer = client.chat.completions.create(
-        model="tiny", messages=messages, max_tokens=64, temperature=1.0, seed=3
+        model="tiny", messages=messages, max_tokens=40, temperature=1.0, seed=seed, n=2
     )
-    first = answer.usage
-    assert first is not None
-    messages += [
-        {"role": "assistant", "content": answer.choices[0].message.content},
-        {"role": "user", "content": "and then"},
-    ]
-    again = client.chat.completions.create(model="tiny", messages=messages, max_tokens=2).usage
-    assert again is not None and again.prompt_tokens_details is not None
-    cached = again.prompt_tokens_details.cached_tokens
-    # The random model breaks off characters, which come back as others; the prompt is there anyway.
-    assert cached is not None and cached >= first.prompt_tokens
+    text = "<|end|><|user|>and then<|end|><|assistant|>"
+    new = len(tokenizer(text)["input_ids"])
+    for choice in answer.choices:
+        said = choice.message.content or ""
+        talk = [
+            *messages,
+            {"role": "assistant", "content": said},
+            {"role": "user", "content": "and then"},
+        ]
+        again = client.chat.completions.create(model="tiny", messages=talk, max_tokens=2).usage
+        assert again is not None and again.prompt_tokens_details is not None
+        # A reply that was cut off has its last token still to be computed.
+        left = again.prompt_tokens - (again.prompt_tokens_details.cached_tokens or 0)
+        assert left in (new, new + 1), choice.finish_reason
 
 
 def test_message_parts(served: Served, client: openai.OpenAI) -> None:

@@ -1,13 +1,7 @@
 """A talk with a model: each reply is drawn with the turns before it in the cache.
 
 Every prompt is templated anew from the whole talk, and the engine computes what of its tokens is
-not in its cache. For that to be the new turn alone, the old turns must have the tokens that were
-computed. The text of a reply, taken apart again, often has others: a model draws "Py" and "thon"
-where the tokenizer would write "Python". So the tokens that were drawn are kept beside the text up
-to their end, and where a new prompt begins with such a text, it begins with those tokens. The rest
-is tokenized by itself, which is right only where it begins with a token that the tokenizer never
-joins to its surroundings, as the end of a turn is. Elsewhere (the template changed the reply, cut
-its thought, or has no such token) the whole is tokenized as ever.
+not in its cache. `Encoder` sees to it that this is the new turn alone.
 """
 
 from collections.abc import Callable, Generator
@@ -15,7 +9,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from salience.chat import thinking
-from salience.chat.prompt import defaults, tokens_of, write
+from salience.chat.encoding import Encoder
+from salience.chat.prompt import defaults, write
 from salience.chat.talk import Talk, check_text
 from salience.errors import SalienceError
 from salience.runtime import Engine, Request, Result, Sampling
@@ -53,8 +48,8 @@ class Session:
         self.last: Reply | None = None
         self._sampling = sampling or defaults(engine.model)
         self._drawn = 0  # replies since the seed was set
-        self._known: list[tuple[str, list[int]]] = []  # texts up to the end of a reply
-        self._apart = set(self.tokenizer.get_added_vocab().values())
+        plain = self.tokenizer.chat_template is None
+        self._encoder = Encoder(self.tokenizer, engine.max_context, special=plain)
         self._counted: tuple[Talk, int] = (Talk(), 0)
         self._request: Request | None = None
 
@@ -80,7 +75,7 @@ class Session:
         if self._counted[0] is not self.talk:
             count = 0
             if self.talk.turns:
-                count = len(self._encode(write(self.tokenizer, self.talk.messages())))
+                count = len(self._encoder.encode(write(self.tokenizer, self.talk.messages())))
             self._counted = (self.talk, count)
         return self._counted[1]
 
@@ -116,7 +111,7 @@ class Session:
         if not text.strip():
             raise SalienceError("the prompt is empty")
         prompt = write(self.tokenizer, self.talk.messages(check_text(text)))
-        tokens = self._encode(prompt)
+        tokens = self._encoder.encode(prompt)
         if len(tokens) >= self.context:
             mend = "shorten it, or " if not self.talk.turns else "/undo or /reset makes room, or "
             raise SalienceError(
@@ -169,18 +164,4 @@ class Session:
         self._drawn += 1
         self.talk = self.talk.said(text, answer, thought)
         self._counted = (self.talk, len(request.prompt) + len(result.tokens))
-        drawn = result.tokens
-        if drawn[-1] in request.ends:
-            drawn = drawn[:-1]
-        elif result.finish_reason == "stop":
-            return  # by a stop string, which is in the tokens and not in the text
-        self._known.append((prompt + result.text, request.prompt + drawn))
-
-    def _encode(self, text: str) -> list[int]:
-        """The tokens of a templated talk, those that were drawn where it has their text."""
-        self._known = [known for known in self._known if text.startswith(known[0])]
-        for known, tokens in reversed(self._known):
-            rest = tokens_of(self.tokenizer, text[len(known) :])
-            if rest and rest[0] in self._apart:
-                return tokens + rest
-        return tokens_of(self.tokenizer, text)
+        self._encoder.keep(prompt, request)

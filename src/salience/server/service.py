@@ -14,82 +14,28 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar
+from functools import partial
+from typing import Any, Literal, TypeVar
 
-from salience.chat.prompt import defaults, encode
+from salience.chat.encoding import Encoder
+from salience.chat.prompt import defaults, write
 from salience.errors import SalienceError
 from salience.placement import input_device
 from salience.runtime import Engine, Sampling, TokenLogprob
 from salience.runtime.limits import context
 from salience.server.capacity import default_batch
 from salience.server.errors import ApiError
-from salience.server.tools import templated
-from salience.server.worker import Guide, Job, Piece, Stream, Watch, Worker
+from salience.server.guide import Guide, Guides
+from salience.server.tools import Tools, templated
+from salience.server.worker import Job, Piece, Stream, Watch, Worker
 
 _T = TypeVar("_T")
 # Between two steps of the running replies; a CPU needs a few hundred milliseconds for so many.
 _PREFILL_CHUNK = {True: 512, False: 256}
 
 
-class GuideMaker(Protocol):
-    """Makes guides; `salience.server.guide.Guides`. Raises SalienceError for what it refuses."""
-
-    def json_object(self) -> Guide: ...
-
-    def json_schema(self, schema: dict[str, Any]) -> Guide: ...
-
-    def regex(self, pattern: str) -> Guide: ...
-
-    def grammar(self, text: str) -> Guide: ...
-
-
-class ToolDelta(Protocol):
-    """What a parser of replies found: text, or a piece of a call.
-
-    A call begins with its id and name; the pieces after it have the same index and arguments only.
-    """
-
-    @property
-    def content(self) -> str: ...
-
-    @property
-    def index(self) -> int | None: ...
-
-    @property
-    def id(self) -> str | None: ...
-
-    @property
-    def name(self) -> str | None: ...
-
-    @property
-    def arguments(self) -> str: ...
-
-
-class ToolParser(Protocol):
-    """Finds the calls in a reply, piece by piece."""
-
-    def push(self, text: str) -> Sequence[ToolDelta]: ...
-
-    def flush(self) -> Sequence[ToolDelta]: ...
-
-
-class ToolUse(Protocol):
-    """The tools of a request; `salience.server.tools.Tools`."""
-
-    @property
-    def template_tools(self) -> Sequence[Mapping[str, Any]] | None: ...
-
-    def messages(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]: ...
-
-    def sampling(self, sampling: Sampling) -> Sampling: ...
-
-    def guide(self, guides: Any) -> Guide | None: ...
-
-    def parser(self, prompt: Sequence[int] = ()) -> ToolParser: ...
-
-
 # `Tools.of(tokenizer, tools, tool_choice, parallel)`.
-ToolMaker = Callable[[Any, Sequence[Mapping[str, Any]], Any, bool], ToolUse | None]
+ToolMaker = Callable[[Any, Sequence[Mapping[str, Any]], Any, bool], Tools | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +98,7 @@ class Delta:
 class ChatStream:
     """The deltas of a chat. `async with` it, so that leaving ends what still runs."""
 
-    def __init__(self, stream: Stream, tools: ToolUse | None) -> None:
+    def __init__(self, stream: Stream, tools: Tools | None) -> None:
         self.stream = stream
         self._parsers = (
             {}
@@ -233,7 +179,7 @@ class Service:
         name: str,
         queue: int = 256,
         watch: Watch | None = None,
-        guides: GuideMaker | None = None,
+        guides: Guides | None = None,
         tools: ToolMaker | None = None,
     ) -> None:
         self.name = name
@@ -244,6 +190,9 @@ class Service:
         self._guides = guides
         self._tools = tools
         self._threads = ThreadPoolExecutor(2, "salience-prepare")
+        untemplated = tokenizer.chat_template is None
+        self._texts = Encoder(tokenizer, engine.max_context, special=True)
+        self._chats = Encoder(tokenizer, engine.max_context, special=untemplated)
 
     @property
     def context(self) -> int:
@@ -294,6 +243,13 @@ class Service:
         """The tokens of a text that is no chat."""
         return await self.apart(lambda: list(self.tokenizer(text)["input_ids"]))
 
+    async def text_job(
+        self, text: str, sampling: Sampling, n: int, guide: Callable[[], Guide] | None
+    ) -> Job:
+        """A job whose prompt is a text that is no chat."""
+        tokens = await self.apart(lambda: self._texts.encode(text))
+        return Job(tokens, sampling, n, guide, partial(self._texts.keep, text))
+
     async def complete(self, job: Job) -> Stream:
         """Begin replies to a prompt of tokens.
 
@@ -334,18 +290,20 @@ class Service:
                 message = f"{name!r} is no variable that a request may set"
                 raise ApiError(message, param="chat_template_kwargs")
         tools = await self._use(job)
-        prompt = await self.apart(lambda: self._prompt(job, tools))
+        text = await self.apart(lambda: self._text(job, tools))
+        prompt = await self.apart(lambda: self._chats.encode(text))
         guide = await self._guide(job, tools)
         sampling = job.sampling if tools is None else tools.sampling(job.sampling)
-        return ChatStream(await self.complete(Job(prompt, sampling, job.n, guide)), tools)
+        made = Job(prompt, sampling, job.n, guide, partial(self._chats.keep, text))
+        return ChatStream(await self.complete(made), tools)
 
-    def _prompt(self, job: ChatJob, tools: ToolUse | None) -> list[int]:
+    def _text(self, job: ChatJob, tools: Tools | None) -> str:
         if tools is None:
-            return encode(self.tokenizer, templated(self.tokenizer, job.messages), **job.template)
+            return write(self.tokenizer, templated(self.tokenizer, job.messages), **job.template)
         messages = tools.messages(job.messages)
-        return encode(self.tokenizer, messages, tools.template_tools, **job.template)
+        return write(self.tokenizer, messages, tools.template_tools, **job.template)
 
-    async def _use(self, job: ChatJob) -> ToolUse | None:
+    async def _use(self, job: ChatJob) -> Tools | None:
         make = self._tools
         if not job.tools or job.tool_choice == "none":
             return None
@@ -355,7 +313,7 @@ class Service:
             lambda: make(self.tokenizer, job.tools, job.tool_choice, job.parallel_tool_calls)
         )
 
-    async def _guide(self, job: ChatJob, tools: ToolUse | None) -> Callable[[], Guide] | None:
+    async def _guide(self, job: ChatJob, tools: Tools | None) -> Callable[[], Guide] | None:
         """What makes a guide for each reply, once it has made one here: that compiles it."""
         guides = self._guides
         if tools is not None and guides is not None:

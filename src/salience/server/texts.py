@@ -109,13 +109,17 @@ class _Answer:
         for each in prompts:
             if not isinstance(each, str):
                 service.check_tokens(each, "prompt")
-        tokens = [await service.tokens(p) if isinstance(p, str) else p for p in prompts]
         if body.echo:
             self._echoed = [
                 p if isinstance(p, str) else str(service.tokenizer.decode(p)) for p in prompts
             ]
         guide = await service.form(form_of(body, body.response_format))
-        return [Job(each, sampling, self._n, guide) for each in tokens]
+        return [
+            await service.text_job(each, sampling, self._n, guide)
+            if isinstance(each, str)
+            else Job(each, sampling, self._n, guide)
+            for each in prompts
+        ]
 
     async def begin(self, jobs: Sequence[Job]) -> list[Stream]:
         """Begin all jobs, or none."""

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from salience.errors import SalienceError
 from salience.runtime import Engine, Event, Request, Sampling, TokenLogprob
-from salience.runtime.reuse import same_text
 from salience.server.errors import ApiError
 
 _logger = logging.getLogger(__name__)
@@ -56,12 +55,14 @@ class Job:
         sampling: of each reply; reply i is drawn with seed + i.
         n: replies.
         guide: makes a guide for a reply; None for any text.
+        ended: is told of each reply that ended, on the engine's thread.
     """
 
     prompt: Sequence[int]
     sampling: Sampling
     n: int = 1
     guide: Callable[[], Guide] | None = None
+    ended: Callable[[Request], None] | None = None
 
 
 @dataclass(slots=True)
@@ -324,14 +325,11 @@ class Worker:
 
     def _request(self, job: Job, reply: _Reply) -> Request:
         engine = self.engine
-        prompt = same_text(engine.tokenizer, engine.held(), job.prompt)
-        if len(prompt) >= engine.max_context:
-            prompt = list(job.prompt)
         sampling = replace(job.sampling, seed=job.sampling.seed + reply.index)
         if job.guide is None:
-            return engine.submit(prompt, sampling)
+            return engine.submit(job.prompt, sampling)
         reply.guide = job.guide()
-        request = engine.submit(prompt, sampling, guided=True)
+        request = engine.submit(job.prompt, sampling, guided=True)
         request.allow(reply.guide.mask(request.room))
         return request
 
@@ -350,6 +348,8 @@ class Worker:
             results.append((reply, event))
             if event.finish_reason:
                 del self._replies[request]
+                if reply.stream.job.ended is not None:
+                    reply.stream.job.ended(request)
             elif reply.guide is not None:
                 try:
                     for token in event.tokens:
