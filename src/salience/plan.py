@@ -104,10 +104,10 @@ def make_plan(
         max_memory: bytes it may take on its device; None for what is free.
     """
     source, model, weights, device = job.source, job.skeleton, job.weights, job.device
-    schemes, fmt, method = job.schemes, job.fmt, job.method
+    schemes, method = job.schemes, job.method
     names = {name for name, _ in model.named_parameters()} & weights.names()
     source_bytes = sum(weights.nbytes(name) for name in names)
-    disk = checkpoint_bytes(model, schemes, fmt)
+    disk = checkpoint_bytes(job)
     try:
         budget = choose_budget(source, model, schemes, calibration, method, device, max_memory)
         advice = []
@@ -120,25 +120,37 @@ def make_plan(
     memory = device_memory(model, schemes, calibration, method, device, budget.on_disk)
     shapes = _shapes(model, schemes)
     on_gpu = device.type == "cuda"
+    seconds = _seconds(model, schemes, calibration, method, device, source_bytes)
+    if job.target_bits is not None:
+        # Read and observed once more, coded in each width, and a few tokens run back.
+        tries = max(len(schemes) for schemes in job.options.values())
+        seconds["sensitivity"] = sum(
+            seconds.get(name, 0.0) * times
+            for name, times in (("read", 2), ("statistics", 1), ("search", tries))
+        )
     return Plan(
         model=source.name,
-        scheme=" ".join(sorted({str(scheme) for scheme in schemes.values()})),
+        scheme=" ".join(sorted({str(scheme) for scheme in _possible(job)})),
         method=method.name,
         device=str(device),
         parameters=sum(p.numel() for p in model.parameters()),
         quantized_parameters=sum(rows * columns for rows, columns in shapes.values()),
-        bits_per_weight=mean_bits(model, schemes, fmt),
+        bits_per_weight=job_bits(job),
         source_bytes=source_bytes,
         disk_bytes=disk,
         temporary_bytes=temporary,
         ram_bytes=_ram_bytes(source, model, memory, device, calibration),
         vram_bytes=max(memory.values()) if on_gpu else 0,
         memory=memory,
-        seconds=_seconds(model, schemes, calibration, method, device, source_bytes),
+        seconds=seconds,
         hidden_on_disk=budget.on_disk,
         fits=not advice,
         advice=advice,
     )
+
+
+def _possible(job: Job) -> set[Scheme]:
+    return {scheme for name, own in job.schemes.items() for scheme in job.options.get(name, [own])}
 
 
 def choose_budget(
@@ -239,24 +251,52 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) -> float:
     """Stored bits a quantized weight, scales and zeros included."""
-    if isinstance(fmt, Dense):
-        return 8.0 * _FLOAT_BYTES
+    shapes = _shapes(model, schemes)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    return stored_bits(schemes, shapes, fmt) / max(1, weights)
 
-    def stored(scheme: Scheme, columns: int) -> float:
+
+def stored_bits(
+    schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]], fmt: Format
+) -> int:
+    """Bits that linears take, scales and zeros included.
+
+    Args:
+        shapes: (out, in) of each of `schemes`, whose groups divide the columns.
+    """
+
+    def of_weight(scheme: Scheme, columns: int) -> float:
+        if isinstance(fmt, Dense):
+            return 8.0 * _FLOAT_BYTES
         return block_bits(scheme) if fmt.container == "gguf" else scheme.bits_per_weight(columns)
 
-    shapes = _shapes(model, schemes)
-    bits = sum(
-        rows * columns * stored(schemes[name], columns) for name, (rows, columns) in shapes.items()
+    return sum(
+        round(rows * columns * of_weight(schemes[name], columns))
+        for name, (rows, columns) in shapes.items()
     )
-    return bits / max(1, sum(rows * columns for rows, columns in shapes.values()))
 
 
-def checkpoint_bytes(model: Any, schemes: Mapping[str, Scheme], fmt: Format) -> int:
+def job_bits(job: Job) -> float:
+    """Stored bits a quantized weight; where they are not chosen yet, the most they may be."""
+    schemes, model = job.schemes, job.skeleton
+    if job.target_bits is None:
+        return mean_bits(model, schemes, job.fmt)
+    inside = {name: s for name, s in schemes.items() if name not in job.outside}
+    outside = {name: schemes[name] for name in job.outside}
+    count, more = (
+        sum(rows * columns for rows, columns in _shapes(model, some).values())
+        for some in (inside, outside)
+    )
+    bits = count * job.target_bits + more * mean_bits(model, outside, job.fmt)
+    return bits / max(1, count + more)
+
+
+def checkpoint_bytes(job: Job) -> int:
     """Size of the written checkpoint."""
-    quantized = sum(rows * columns for rows, columns in _shapes(model, schemes).values())
+    model = job.skeleton
+    quantized = sum(rows * columns for rows, columns in _shapes(model, job.schemes).values())
     others = sum(p.numel() for p in model.parameters()) - quantized
-    return round(quantized * mean_bits(model, schemes, fmt) / 8) + others * _FLOAT_BYTES
+    return round(quantized * job_bits(job) / 8) + others * _FLOAT_BYTES
 
 
 def device_memory(
