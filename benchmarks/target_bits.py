@@ -3,8 +3,8 @@
     python benchmarks/target_bits.py --calibration wikitext2/valid.txt --text wikitext2/test.txt \
         -o benchmarks/results/target_bits_h100.json
 
-Three checkpoints of the same bits a weight: one width for all linears; `--target-bits` of that mean;
-and the chosen widths dealt out at random among the linears of a kind, which has the very same
+Three checkpoints of the same bits a weight: one width for all; `--target-bits` of that mean; and
+the chosen widths dealt out at random among the linears of a kind, which has the very same
 histogram and size, so that what is left between the two is the measurement's.
 """
 

@@ -24,6 +24,7 @@ from salience.errors import SalienceError
 
 DEFAULT_TEXT = "pydoc"
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+BACKWARD_TOKENS = 4096  # that gradients are taken on
 # Read at most this many characters for each token asked for; a token is about four.
 _CHARACTERS_PER_TOKEN = 64
 

@@ -295,7 +295,10 @@ def _prepare(
         if not is_published(target):
             check_file(Path(save_search), target)
     text = (calibration or Calibration()) if job.method.reads_text else None
-    budget = choose_budget(source, skeleton, schemes, text, job.method, job.device, max_memory)
+    backward = job.target_bits is not None
+    budget = choose_budget(
+        source, skeleton, schemes, text, job.method, job.device, max_memory, backward
+    )
     if not is_published(target):
         need = 2 * checkpoint_bytes(job) + budget.temporary_bytes
         check_disk(target, need - held_bytes(target))

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salience.calibration import Calibration, micro_batch
+from salience.calibration import BACKWARD_TOKENS, Calibration, micro_batch
 from salience.checkpoint import Checkpoint
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
@@ -39,6 +39,7 @@ _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
 _TRIAL_COLUMNS = 256  # of the search that is timed: so few that products with H cost little
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
 _READ_BYTES_PER_SECOND = 2e9
+_LOGITS = 6  # copies of them in a step backward from the head
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +109,11 @@ def make_plan(
     names = {name for name, _ in model.named_parameters()} & weights.names()
     source_bytes = sum(weights.nbytes(name) for name in names)
     disk = checkpoint_bytes(job)
+    backward = job.target_bits is not None
     try:
-        budget = choose_budget(source, model, schemes, calibration, method, device, max_memory)
+        budget = choose_budget(
+            source, model, schemes, calibration, method, device, max_memory, backward
+        )
         advice = []
     except DoesNotFitError as error:
         budget, advice = Budget(True, True, _hidden_bytes(model, calibration)), [str(error)]
@@ -117,17 +121,16 @@ def make_plan(
     if disk + temporary > free_disk_bytes(out):
         short = disk + temporary - free_disk_bytes(out)
         advice.append(f"the disk of {out} is short by {short / 2**20:.0f} MiB; name another --out")
-    memory = device_memory(model, schemes, calibration, method, device, budget.on_disk)
+    memory = device_memory(model, schemes, calibration, method, device, budget.on_disk, backward)
     shapes = _shapes(model, schemes)
     on_gpu = device.type == "cuda"
     seconds = _seconds(model, schemes, calibration, method, device, source_bytes)
     if job.target_bits is not None:
-        # Read and observed once more, coded in each width, and a few tokens run back.
-        tries = max(len(schemes) for schemes in job.options.values())
-        seconds["sensitivity"] = sum(
-            seconds.get(name, 0.0) * times
-            for name, times in (("read", 2), ("statistics", 1), ("search", tries))
-        )
+        # Read twice and observed once more; of a few tokens all is run back, which costs three
+        # times what it costs to run it. Rounding to nearest is small beside that.
+        tokens = calibration.samples * calibration.seqlen if calibration is not None else 1
+        part = min(1.0, BACKWARD_TOKENS / tokens)
+        seconds["sensitivity"] = 2 * seconds["read"] + (1 + 3 * part) * seconds["statistics"]
     return Plan(
         model=source.name,
         scheme=" ".join(sorted({str(scheme) for scheme in _possible(job)})),
@@ -161,15 +164,19 @@ def choose_budget(
     method: Method,
     device: torch.device,
     max_memory: int | None,
+    backward: bool = False,
 ) -> Budget:
     """Whether the hidden states can stay in memory.
+
+    Args:
+        backward: whether blocks are run backward, too, as `salience.sensitivity` does.
 
     Raises:
         DoesNotFitError: the work needs more than there is even if they stay on the disk.
     """
     needs = []
     for on_disk in (False, True):
-        memory = device_memory(model, schemes, calibration, method, device, on_disk)
+        memory = device_memory(model, schemes, calibration, method, device, on_disk, backward)
         if device.type == "cuda":
             needs.append(max(memory.values()))
         else:
@@ -184,7 +191,10 @@ def choose_budget(
         )
     on_disk = needs[0] > cap
     need = needs[on_disk]
-    return Budget(on_disk, need > _CLOSE * cap, 2 * _hidden_bytes(model, calibration))
+    temporary = 2 * _hidden_bytes(model, calibration)
+    if backward:
+        temporary += _inputs_bytes(model, calibration)
+    return Budget(on_disk, need > _CLOSE * cap, temporary)
 
 
 def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
@@ -306,6 +316,7 @@ def device_memory(
     method: Method,
     device: torch.device,
     on_disk: bool,
+    backward: bool = False,
 ) -> dict[str, int]:
     """Peak bytes of tensors on the device, by phase."""
     prefix, blocks = find_blocks(model)
@@ -323,13 +334,21 @@ def device_memory(
     moments = held * sum(columns**2 for _, columns in groups)
     first = held * batch * embedding.shape[1]
     live = batch * _live_floats(largest)
-    return {
+    found = {
         "embeddings": 4 * (hidden + outside + 2 * batch * embedding.shape[1]),
         "statistics": 4 * (hidden + weights + moments + first + live),
         "folds": 4 * (hidden + 2 * weights + moments + first + live),
         "search": 4 * (hidden + weights + moments + first + held * solved),
         "write": 4 * embedding.numel(),
     }
+    if backward:
+        # A block keeps what its gradients need; the logits of one sequence come several times.
+        states = min(BACKWARD_TOKENS, calibration.samples * calibration.seqlen)
+        logits = _LOGITS * calibration.seqlen * embedding.shape[0]
+        block = weights + 3 * live + 2 * moments
+        streams = hidden + 3 * max(states, batch) * embedding.shape[1]
+        found["sensitivity"] = 4 * (streams + max(block, outside + embedding.numel() + logits))
+    return found
 
 
 def _groups(block: nn.Module) -> list[tuple[int, int]]:
@@ -377,6 +396,15 @@ def _hidden_bytes(model: Any, calibration: Calibration | None) -> int:
         return 0
     width = model.get_input_embeddings().weight.shape[1]
     return 4 * calibration.samples * calibration.seqlen * width
+
+
+def _inputs_bytes(model: Any, calibration: Calibration | None) -> int:
+    """Disk for the inputs of all blocks that a pass backward starts from."""
+    if calibration is None:
+        return 0
+    _, blocks = find_blocks(model)
+    tokens = min(BACKWARD_TOKENS, calibration.samples * calibration.seqlen)
+    return 4 * len(blocks) * tokens * int(model.get_input_embeddings().weight.shape[1])
 
 
 def _ram_bytes(

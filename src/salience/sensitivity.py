@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from salience import grid
 from salience.block import LoadedBlock
-from salience.calibration import Arguments, micro_batch, run_block, run_head
+from salience.calibration import BACKWARD_TOKENS, Arguments, micro_batch, run_block, run_head
 from salience.engine import embeddings_loaded, gather
 from salience.errors import SalienceError
 from salience.job import Job
@@ -57,7 +57,6 @@ from salience.stats import output_error
 from salience.structure import weight_of
 from salience.writer import write_tensors
 
-TOKENS = 4096  # of the backward pass
 _RATIOS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
@@ -89,7 +88,7 @@ def measure(job: Job, journal: Journal, tokens: Tensor, on_disk: bool) -> list[S
     """
     samples, seqlen = tokens.shape
     batch = micro_batch(samples, seqlen, job.device)
-    parts = max(1, min(TOKENS // (batch * seqlen), samples // batch))
+    parts = max(1, min(BACKWARD_TOKENS // (batch * seqlen), samples // batch))
     errors: dict[str, dict[int, Tensor]] = {}
     groups: list[tuple[str, ...]] = []
     arguments: list[list[Arguments]] = []
@@ -103,6 +102,7 @@ def measure(job: Job, journal: Journal, tokens: Tensor, on_disk: bool) -> list[S
         groups += _units(job, found.block)
         arguments.append(found.arguments)
         hidden = found.hidden
+        journal.forget_hidden(hidden.index)
         release_memory()
     if hidden is None:
         return []
