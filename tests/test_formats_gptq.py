@@ -353,8 +353,23 @@ def test_check() -> None:
     ):
         refuse(lambda scheme=scheme, shape=shape: check(scheme, {"a": shape}), message)  # type: ignore[misc]
     shapes = {"a": (32, 64), "b": (32, 64)}
-    schemes = {"a": Scheme(4, 64), "b": Scheme(4, 32)}
-    refuse(lambda: V1.check(schemes, shapes), "not w4g32 and w4g64; use --format compressed-tens")
+    schemes = {"a": Scheme(4, 64), "b": Scheme(8, 32)}
+    V1.check(schemes, shapes)
+    schemes["b"] = Scheme(4, 64, sym=True)
+    refuse(lambda: V1.check(schemes, shapes), "w4g64-sym; use --format compressed-tensors")
+
+
+def test_several_schemes_are_named_in_dynamic() -> None:
+    owner = "model.layers.0.self_attn"
+    schemes = {f"{owner}.{part}_proj": Scheme(3, 64) for part in "qkv"}
+    schemes |= {f"model.layers.{i}.mlp.up_proj": Scheme(4, 64) for i in range(4)}
+    schemes["model.layers.1.mlp.down_proj"] = Scheme(4, -1)
+    found = V2.config(schemes, [f"{owner}.o_proj"])
+    assert (found["bits"], found["group_size"]) == (4, 64)
+    assert all(V2.scheme(found, name) == scheme for name, scheme in schemes.items())
+    # What vLLM makes of the three looks for its own name.
+    assert V2.scheme(found, f"{owner}.qkv_proj") == Scheme(3, 64)
+    refuse(lambda: V2.scheme(found, f"{owner}.o_proj"), "keeps it float")
 
 
 def zeros_of(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

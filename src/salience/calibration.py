@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from salience.errors import SalienceError
 
 DEFAULT_TEXT = "pydoc"
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+BACKWARD_TOKENS = 4096  # that gradients are taken on
 # Read at most this many characters for each token asked for; a token is about four.
 _CHARACTERS_PER_TOKEN = 64
 
@@ -424,6 +425,33 @@ def run_tail(
             vars(block).pop("forward", None)
     for name, x in seen:
         update(name, x)
+
+
+def run_head(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
+    """The logits [batch, seqlen, vocabulary] of hidden states that leave the last block.
+
+    Args:
+        model: with the weights of all that is in no block.
+        blocks: its blocks.
+        tokens: [batch, seqlen], of which `hidden` came.
+        hidden: [batch, seqlen, hidden]; gradients reach it.
+
+    Raises:
+        SalienceError: a model that hands more than hidden states from block to block.
+    """
+    try:
+        # What a model takes from its blocks differs; see `record_inputs`.
+        for items in (1, 2, 3):
+            for block in blocks:
+                block.forward = partial(_return, _returned(items, hidden))
+            with suppress(_UnpackedError), _unpacking():
+                logits = model(input_ids=tokens, use_cache=False).logits
+                if logits.shape[:-1] == tokens.shape:
+                    return cast(Tensor, _plain(logits))
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+    raise _refusal(model, "takes more from its blocks than hidden states")
 
 
 def _return(output: Any, *_args: object, **_kwargs: object) -> Any:

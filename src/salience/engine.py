@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from salience.block import LoadedBlock, SolvedBlock, Structure, solve
 from salience.calibration import (
+    Arguments,
     BlockArguments,
     micro_batch,
     observe,
@@ -75,6 +76,47 @@ def run_blocks(
             f"{device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory "
             "that is really free, a shorter --seqlen, or --device cpu"
         ) from None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gathered:
+    """A block, what is known of its inputs, and some of them.
+
+    Args:
+        block: with its weights and moments.
+        inputs: the hidden states that enter it, of the first micro-batches.
+        arguments: what it is called with beside each of them.
+        hidden: the hidden states, which have moved past it.
+    """
+
+    block: LoadedBlock
+    inputs: list[Tensor]
+    arguments: list[Arguments]
+    hidden: HiddenStates
+
+
+def gather(
+    job: Job, journal: Journal, tokens: Tensor, on_disk: bool, parts: int
+) -> Iterator[Gathered]:
+    """Each block in turn with its statistics; nothing is coded or kept.
+
+    Args:
+        tokens: calibration token ids [samples, seqlen].
+        on_disk: keep the hidden states on the disk, in the journal.
+        parts: how many micro-batches of inputs to hand out.
+    """
+    engine = _Engine([(job, journal)], tokens, on_disk)
+    with job.phase("statistics"):
+        engine._record(0)
+    hidden = engine._hidden
+    if hidden is None:
+        return
+    for index in range(len(job.blocks)):
+        some = range(min(parts, hidden.parts))
+        inputs = [hidden.get(part).clone() for part in some]
+        arguments = [engine._arguments.of(index, part) for part in some]
+        with job.loaded(index) as block:
+            yield Gathered(engine._gather(block, index), inputs, arguments, hidden)
 
 
 def window(blocks: nn.ModuleList, device: torch.device) -> int:

@@ -44,6 +44,9 @@ class Job:
         dtype: of what is stored float.
         search: scales and grids found before, in place of a search.
         save_search: keep what is found.
+        target_bits: stored bits a weight that the linears in the blocks may have on the average;
+            `schemes` is then what they would have without, until the choice is made.
+        options: the schemes to choose from for each linear that is free.
         progress: called with (phase, done, total).
         on_block: called with the report of each block when it is done.
         on_phase: called with the name of a phase when it begins, and with "" when it ends.
@@ -62,6 +65,8 @@ class Job:
     dtype: torch.dtype = torch.float16
     search: Search | None = None
     save_search: bool = False
+    target_bits: float | None = None
+    options: Mapping[str, tuple[Scheme, ...]] = field(default_factory=dict)
     progress: Progress = lambda _phase, _done, _total: None
     on_block: Callable[[BlockReport], None] = lambda _report: None
     on_phase: Callable[[str], None] = lambda _name: None

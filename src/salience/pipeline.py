@@ -29,13 +29,14 @@ from salience.job import Job, Progress, identity
 from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.loading import read_tensor
 from salience.machine import peak_rss_bytes
-from salience.plan import Budget, checkpoint_bytes, choose_budget, mean_bits
+from salience.plan import Budget, checkpoint_bytes, choose_budget, job_bits, mean_bits
 from salience.prepare import Prepared, prepare
 from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme
 from salience.search_files import open_search, search_metadata
-from salience.serving import summary
+from salience.serving import Finding, findings, summary
 from salience.source import Source, open_source
+from salience.target import choose
 from salience.writer import check_disk, check_file
 
 
@@ -59,6 +60,7 @@ def quantize(
     from_search: str | Path | None = None,
     tensor_parallel: int | None = None,
     pad_intermediate: int | None = None,
+    target_bits: float | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
     on_block: Callable[[BlockReport], None] | None = None,
@@ -96,6 +98,10 @@ def quantize(
             many is refused. None is one, and refuses nothing.
         pad_intermediate: widen the inner width of the MLPs to a multiple of this, by zeros that
             change nothing.
+        target_bits: choose the bits of each linear of the blocks by what they do to the model's
+            predictions, so that the linears take at most this many stored bits a weight on the
+            average; group size and symmetry are the scheme's. Needs a format that holds several
+            widths; see `salience.target`.
         trust_remote_code: let the model's own Python code run.
         progress: called with (phase, done, total).
         on_block: called with the report of each block when it is done.
@@ -129,6 +135,7 @@ def quantize(
         from_search=from_search,
         tensor_parallel=tensor_parallel,
         pad_intermediate=pad_intermediate,
+        target_bits=target_bits,
         trust_remote_code=trust_remote_code,
     )
     work.job.progress = progress or work.job.progress
@@ -216,6 +223,7 @@ class _Work:
     identity: dict[str, Any]
     save_search: Path | None
     start: float
+    serving: list[Finding]
 
     @property
     def job(self) -> Job:
@@ -242,6 +250,7 @@ def _prepare(
     from_search: str | Path | None = None,
     tensor_parallel: int | None = None,
     pad_intermediate: int | None = None,
+    target_bits: float | None = None,
     trust_remote_code: bool = False,
 ) -> _Work:
     """All that is refused before the work, and the work; options as of `quantize`."""
@@ -270,6 +279,7 @@ def _prepare(
         device=device,
         tensor_parallel=tensor_parallel,
         pad_intermediate=pad_intermediate,
+        target_bits=target_bits,
         trust_remote_code=trust_remote_code,
         search=search,
     )
@@ -285,9 +295,12 @@ def _prepare(
         if not is_published(target):
             check_file(Path(save_search), target)
     text = (calibration or Calibration()) if job.method.reads_text else None
-    budget = choose_budget(source, skeleton, schemes, text, job.method, job.device, max_memory)
+    backward = job.target_bits is not None
+    budget = choose_budget(
+        source, skeleton, schemes, text, job.method, job.device, max_memory, backward
+    )
     if not is_published(target):
-        need = 2 * checkpoint_bytes(skeleton, schemes, job.fmt) + budget.temporary_bytes
+        need = 2 * checkpoint_bytes(job) + budget.temporary_bytes
         check_disk(target, need - held_bytes(target))
     tokens = text.tokens(source.tokenizer) if text else None
     report = Report(
@@ -301,7 +314,7 @@ def _prepare(
         device=str(job.device),
         versions=versions(),
         options=recipe.describe() | ({"act_order": True} if act_order else {}),
-        bits_per_weight=mean_bits(skeleton, schemes, job.fmt),
+        bits_per_weight=job_bits(job),
         kept_modules=job.kept,
         serving=[asdict(each) for each in prepared.serving],
     )
@@ -312,7 +325,7 @@ def _prepare(
     options |= {"--dtype": dtype}
     options |= {"--from-search": str(from_search), "--save-search": str(save_search)}
     options |= {"--trust-remote-code": trust_remote_code, "--pad-intermediate": pad_intermediate}
-    options |= {"--tensor-parallel": tensor_parallel}
+    options |= {"--tensor-parallel": tensor_parallel, "--target-bits": target_bits}
     if text is not None:
         options |= {"--calibration": text.text, "--samples": text.samples}
         options |= {"--seqlen": text.seqlen, "--seed": text.seed}
@@ -325,6 +338,7 @@ def _prepare(
         identity(job, recipe, options, tokens),
         None if save_search is None else Path(save_search),
         start,
+        prepared.serving,
     )
 
 
@@ -333,8 +347,9 @@ def _run(works: Sequence[_Work], on_warning: Callable[[str], None] | None) -> li
     with ExitStack() as stack, torch.no_grad():
         journals = [stack.enter_context(Journal(work.target, work.identity)) for work in works]
         open_ = [pair for pair in zip(works, journals, strict=True) if not pair[1].finished]
-        for work, _ in open_:
-            for line in summary(work.prepared.serving):
+        for work, journal in open_:
+            _choose(work, journal)
+            for line in summary(work.serving):
                 (on_warning or (lambda _line: None))(line)
             _fill_buffers(work.job)
         if open_:
@@ -347,6 +362,19 @@ def _run(works: Sequence[_Work], on_warning: Callable[[str], None] | None) -> li
         for work, journal in zip(works, journals, strict=True):
             journal.publish(work.save_search)
     return [read_report(work.target) for work in works]
+
+
+def _choose(work: _Work, journal: Journal) -> None:
+    """Settle the bits of each linear, where they are to be chosen."""
+    job, report = work.job, work.report
+    if job.target_bits is None or work.tokens is None:
+        return
+    found = choose(job, journal, work.tokens, work.budget.on_disk)
+    job.schemes = {**job.schemes, **found.schemes}
+    work.serving = findings(job.served)
+    report.allocation = found.describe()
+    report.bits_per_weight = mean_bits(job.skeleton, job.schemes, job.fmt)
+    report.serving = [asdict(each) for each in work.serving]
 
 
 def _write(work: _Work, journal: Journal) -> None:

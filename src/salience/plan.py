@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salience.calibration import Calibration, micro_batch
+from salience.calibration import BACKWARD_TOKENS, Calibration, micro_batch
 from salience.checkpoint import Checkpoint
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
@@ -39,6 +39,7 @@ _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
 _TRIAL_COLUMNS = 256  # of the search that is timed: so few that products with H cost little
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
 _READ_BYTES_PER_SECOND = 2e9
+_LOGITS = 6  # copies of them in a step backward from the head
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +105,15 @@ def make_plan(
         max_memory: bytes it may take on its device; None for what is free.
     """
     source, model, weights, device = job.source, job.skeleton, job.weights, job.device
-    schemes, fmt, method = job.schemes, job.fmt, job.method
+    schemes, method = job.schemes, job.method
     names = {name for name, _ in model.named_parameters()} & weights.names()
     source_bytes = sum(weights.nbytes(name) for name in names)
-    disk = checkpoint_bytes(model, schemes, fmt)
+    disk = checkpoint_bytes(job)
+    backward = job.target_bits is not None
     try:
-        budget = choose_budget(source, model, schemes, calibration, method, device, max_memory)
+        budget = choose_budget(
+            source, model, schemes, calibration, method, device, max_memory, backward
+        )
         advice = []
     except DoesNotFitError as error:
         budget, advice = Budget(True, True, _hidden_bytes(model, calibration)), [str(error)]
@@ -117,28 +121,39 @@ def make_plan(
     if disk + temporary > free_disk_bytes(out):
         short = disk + temporary - free_disk_bytes(out)
         advice.append(f"the disk of {out} is short by {short / 2**20:.0f} MiB; name another --out")
-    memory = device_memory(model, schemes, calibration, method, device, budget.on_disk)
+    memory = device_memory(model, schemes, calibration, method, device, budget.on_disk, backward)
     shapes = _shapes(model, schemes)
     on_gpu = device.type == "cuda"
+    seconds = _seconds(model, schemes, calibration, method, device, source_bytes)
+    if job.target_bits is not None:
+        # Read twice and observed once more; of a few tokens all is run back, which costs three
+        # times what it costs to run it. Rounding to nearest is small beside that.
+        tokens = calibration.samples * calibration.seqlen if calibration is not None else 1
+        part = min(1.0, BACKWARD_TOKENS / tokens)
+        seconds["sensitivity"] = 2 * seconds["read"] + (1 + 3 * part) * seconds["statistics"]
     return Plan(
         model=source.name,
-        scheme=" ".join(sorted({str(scheme) for scheme in schemes.values()})),
+        scheme=" ".join(sorted({str(scheme) for scheme in _possible(job)})),
         method=method.name,
         device=str(device),
         parameters=sum(p.numel() for p in model.parameters()),
         quantized_parameters=sum(rows * columns for rows, columns in shapes.values()),
-        bits_per_weight=mean_bits(model, schemes, fmt),
+        bits_per_weight=job_bits(job),
         source_bytes=source_bytes,
         disk_bytes=disk,
         temporary_bytes=temporary,
         ram_bytes=_ram_bytes(source, model, memory, device, calibration),
         vram_bytes=max(memory.values()) if on_gpu else 0,
         memory=memory,
-        seconds=_seconds(model, schemes, calibration, method, device, source_bytes),
+        seconds=seconds,
         hidden_on_disk=budget.on_disk,
         fits=not advice,
         advice=advice,
     )
+
+
+def _possible(job: Job) -> set[Scheme]:
+    return {scheme for name, own in job.schemes.items() for scheme in job.options.get(name, [own])}
 
 
 def choose_budget(
@@ -149,15 +164,19 @@ def choose_budget(
     method: Method,
     device: torch.device,
     max_memory: int | None,
+    backward: bool = False,
 ) -> Budget:
     """Whether the hidden states can stay in memory.
+
+    Args:
+        backward: whether blocks are run backward, too, as `salience.sensitivity` does.
 
     Raises:
         DoesNotFitError: the work needs more than there is even if they stay on the disk.
     """
     needs = []
     for on_disk in (False, True):
-        memory = device_memory(model, schemes, calibration, method, device, on_disk)
+        memory = device_memory(model, schemes, calibration, method, device, on_disk, backward)
         if device.type == "cuda":
             needs.append(max(memory.values()))
         else:
@@ -172,7 +191,10 @@ def choose_budget(
         )
     on_disk = needs[0] > cap
     need = needs[on_disk]
-    return Budget(on_disk, need > _CLOSE * cap, 2 * _hidden_bytes(model, calibration))
+    temporary = 2 * _hidden_bytes(model, calibration)
+    if backward:
+        temporary += _inputs_bytes(model, calibration)
+    return Budget(on_disk, need > _CLOSE * cap, temporary)
 
 
 def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
@@ -239,24 +261,52 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 def mean_bits(model: nn.Module, schemes: Mapping[str, Scheme], fmt: Format) -> float:
     """Stored bits a quantized weight, scales and zeros included."""
-    if isinstance(fmt, Dense):
-        return 8.0 * _FLOAT_BYTES
+    shapes = _shapes(model, schemes)
+    weights = sum(rows * columns for rows, columns in shapes.values())
+    return stored_bits(schemes, shapes, fmt) / max(1, weights)
 
-    def stored(scheme: Scheme, columns: int) -> float:
+
+def stored_bits(
+    schemes: Mapping[str, Scheme], shapes: Mapping[str, tuple[int, int]], fmt: Format
+) -> int:
+    """Bits that linears take, scales and zeros included.
+
+    Args:
+        shapes: (out, in) of each of `schemes`, whose groups divide the columns.
+    """
+
+    def of_weight(scheme: Scheme, columns: int) -> float:
+        if isinstance(fmt, Dense):
+            return 8.0 * _FLOAT_BYTES
         return block_bits(scheme) if fmt.container == "gguf" else scheme.bits_per_weight(columns)
 
-    shapes = _shapes(model, schemes)
-    bits = sum(
-        rows * columns * stored(schemes[name], columns) for name, (rows, columns) in shapes.items()
+    return sum(
+        round(rows * columns * of_weight(schemes[name], columns))
+        for name, (rows, columns) in shapes.items()
     )
-    return bits / max(1, sum(rows * columns for rows, columns in shapes.values()))
 
 
-def checkpoint_bytes(model: Any, schemes: Mapping[str, Scheme], fmt: Format) -> int:
+def job_bits(job: Job) -> float:
+    """Stored bits a quantized weight; where they are not chosen yet, the most they may be."""
+    schemes, model = job.schemes, job.skeleton
+    if job.target_bits is None:
+        return mean_bits(model, schemes, job.fmt)
+    inside = {name: s for name, s in schemes.items() if name not in job.outside}
+    outside = {name: schemes[name] for name in job.outside}
+    count, more = (
+        sum(rows * columns for rows, columns in _shapes(model, some).values())
+        for some in (inside, outside)
+    )
+    bits = count * job.target_bits + more * mean_bits(model, outside, job.fmt)
+    return bits / max(1, count + more)
+
+
+def checkpoint_bytes(job: Job) -> int:
     """Size of the written checkpoint."""
-    quantized = sum(rows * columns for rows, columns in _shapes(model, schemes).values())
+    model = job.skeleton
+    quantized = sum(rows * columns for rows, columns in _shapes(model, job.schemes).values())
     others = sum(p.numel() for p in model.parameters()) - quantized
-    return round(quantized * mean_bits(model, schemes, fmt) / 8) + others * _FLOAT_BYTES
+    return round(quantized * job_bits(job) / 8) + others * _FLOAT_BYTES
 
 
 def device_memory(
@@ -266,6 +316,7 @@ def device_memory(
     method: Method,
     device: torch.device,
     on_disk: bool,
+    backward: bool = False,
 ) -> dict[str, int]:
     """Peak bytes of tensors on the device, by phase."""
     prefix, blocks = find_blocks(model)
@@ -283,13 +334,21 @@ def device_memory(
     moments = held * sum(columns**2 for _, columns in groups)
     first = held * batch * embedding.shape[1]
     live = batch * _live_floats(largest)
-    return {
+    found = {
         "embeddings": 4 * (hidden + outside + 2 * batch * embedding.shape[1]),
         "statistics": 4 * (hidden + weights + moments + first + live),
         "folds": 4 * (hidden + 2 * weights + moments + first + live),
         "search": 4 * (hidden + weights + moments + first + held * solved),
         "write": 4 * embedding.numel(),
     }
+    if backward:
+        # A block keeps what its gradients need; the logits of one sequence come several times.
+        states = min(BACKWARD_TOKENS, calibration.samples * calibration.seqlen)
+        logits = _LOGITS * calibration.seqlen * embedding.shape[0]
+        block = weights + 3 * live + 2 * moments
+        streams = hidden + 3 * max(states, batch) * embedding.shape[1]
+        found["sensitivity"] = 4 * (streams + max(block, outside + embedding.numel() + logits))
+    return found
 
 
 def _groups(block: nn.Module) -> list[tuple[int, int]]:
@@ -337,6 +396,15 @@ def _hidden_bytes(model: Any, calibration: Calibration | None) -> int:
         return 0
     width = model.get_input_embeddings().weight.shape[1]
     return 4 * calibration.samples * calibration.seqlen * width
+
+
+def _inputs_bytes(model: Any, calibration: Calibration | None) -> int:
+    """Disk for the inputs of all blocks that a pass backward starts from."""
+    if calibration is None:
+        return 0
+    _, blocks = find_blocks(model)
+    tokens = min(BACKWARD_TOKENS, calibration.samples * calibration.seqlen)
+    return 4 * len(blocks) * tokens * int(model.get_input_embeddings().weight.shape[1])
 
 
 def _ram_bytes(

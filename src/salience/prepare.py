@@ -22,6 +22,7 @@ from salience.search import Search
 from salience.serving import Finding, findings, rejection
 from salience.source import Source, open_source
 from salience.structure import codable, find_blocks, kept
+from salience.target import set_target
 from salience.writer import float_dtype
 
 
@@ -57,6 +58,7 @@ def prepare(
     device: str = "auto",
     tensor_parallel: int | None = None,
     pad_intermediate: int | None = None,
+    target_bits: float | None = None,
     trust_remote_code: bool = False,
     search: Search | None = None,
     prove: bool = True,
@@ -119,6 +121,9 @@ def prepare(
             f"--format dense holds weights with scales folded in and --method {method} finds none; "
             "use --method awq, or the model as it is"
         )
+    if target_bits is not None:
+        set_target(job, recipe, target_bits, tensor_parallel)
+        return Prepared(job, recipe, [], padding)  # what is served is not chosen yet
     return Prepared(job, recipe, _findings(job, tensor_parallel), padding)
 
 

@@ -70,7 +70,8 @@ class BlockReport:
 class Report:
     """The whole run: what went in, what was found in each linear, what it cost.
 
-    `serving` is what vLLM and SGLang would mind of it (`salience.serving.Finding`).
+    `serving` is what vLLM and SGLang would mind of it (`salience.serving.Finding`), `allocation`
+    how bits were chosen, if they were (`salience.target.Choice.describe`).
     """
 
     model: str
@@ -93,6 +94,7 @@ class Report:
     kept_modules: list[str] = field(default_factory=list)
     serving: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
+    allocation: dict[str, Any] = field(default_factory=dict)
     blocks: list[BlockReport] = field(default_factory=list)
     linears: list[LinearReport] = field(default_factory=list)
 
@@ -101,6 +103,14 @@ class Report:
         count = max(len(self.linears), 1)
         self.error_rtn = sum(linear.error_rtn for linear in self.linears) / count
         self.error = sum(linear.error for linear in self.linears) / count
+
+
+def widths(allocation: dict[str, Any]) -> str:
+    """How many linears were given how many bits, for people; "" of what is no allocation."""
+    counts = allocation.get("linears_of_bits")
+    if not isinstance(counts, dict):
+        return ""
+    return ", ".join(f"{bits} in {count} linears" for bits, count in counts.items())
 
 
 def versions() -> dict[str, str]:

@@ -65,6 +65,7 @@ def page(report: Report) -> str:
 {_exponents(report)}
 {_clips(report)}
 {_costs(report)}
+{_bits(report)}
 {_worst(report)}
 {_summary(report)}"""
     return document(f"{title} - salience report", body)
@@ -185,6 +186,36 @@ def _costs(report: Report) -> str:
     else:
         head += "<p>This report has no times of its blocks.</p>"
     return head + figures(drawn)
+
+
+def _bits(report: Report) -> str:
+    """The bits that were chosen, and what each width would have cost."""
+    groups = report.allocation.get("groups")
+    counts = report.allocation.get("linears_of_bits")
+    if not isinstance(groups, list) or not isinstance(counts, dict):
+        return ""
+    expected = report.allocation.get("expected_kl")
+    head = (
+        f"<h2>Bits of each linear</h2><p>At most {_cell(report.allocation.get('target_bits'))} "
+        "stored bits a weight were asked for. The cost of a width is the divergence from the float "
+        f"model that is expected of it, in nats a token; all together {_cell(expected)}.</p>"
+    )
+    numbers = {f"{k} bits": v for k, v in counts.items() if isinstance(v, int | float)}
+    drawn = figure("Linears of each width", plots.bars("linears of each width", "linears", numbers))
+    widths = sorted({str(bits) for each in groups for bits in _table(each, "costs")})
+    rows = []
+    for each in (each for each in groups if isinstance(each, dict)):
+        linears, costs = each.get("linears"), _table(each, "costs")
+        named = _listed(map(str, linears)) if isinstance(linears, list) else ""
+        cells = [_cell(costs.get(bits, "-")) for bits in widths]
+        rows.append([f"<code>{escape(named)}</code>", _cell(each.get("bits")), *cells])
+    names = ["linears", "bits", *(f"cost of {escape(bits)}" for bits in widths)]
+    return head + figures([drawn]) + table(names, rows, range(1, len(names)))
+
+
+def _table(value: Any, key: str) -> dict[str, Any]:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def _worst(report: Report) -> str:

@@ -113,6 +113,15 @@ PadOption = Annotated[
         help="Widen the MLPs to a multiple of this, by zeros: group size times GPUs.",
     ),
 ]
+TargetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--target-bits",
+        help="Choose the bits of each linear by what they do to the model's predictions: at most "
+        "this many bits a weight on the average, scales and zeros included, such as 3.25. "
+        "--format compressed-tensors or gptq.",
+    ),
+]
 KernelOption = Annotated[
     str, typer.Option("--kernel", help="auto, gpu, cpu_int4, reference or codebook.")
 ]

@@ -36,6 +36,7 @@ from salience.cli.options import (
     SchemeOption,
     SeqlenOption,
     SkipOption,
+    TargetOption,
     TextOption,
     TrustOption,
 )
@@ -58,6 +59,7 @@ def plan(
     max_memory: MemoryOption = None,
     tensor_parallel: GpusOption = None,
     pad_intermediate: PadOption = None,
+    target_bits: TargetOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -80,6 +82,7 @@ def plan(
         device=device,
         tensor_parallel=tensor_parallel,
         pad_intermediate=pad_intermediate,
+        target_bits=target_bits,
         trust_remote_code=trust_remote_code,
         prove=False,
     )
@@ -143,12 +146,14 @@ def quantize(
     ] = None,
     tensor_parallel: GpusOption = None,
     pad_intermediate: PadOption = None,
+    target_bits: TargetOption = None,
     trust_remote_code: TrustOption = False,
     json: JsonOption = False,
 ) -> None:
     """Quantize MODEL into a new checkpoint folder; after a kill the same command goes on."""
     from salience.calibration import Calibration
     from salience.pipeline import quantize as run
+    from salience.report import widths
 
     names = [each.value for each in (method, effort) if each is not None]
     with progress_bar(" ".join([*names, scheme or ""]).strip() or "quantize") as progress:
@@ -171,6 +176,7 @@ def quantize(
             from_search=from_search,
             tensor_parallel=tensor_parallel,
             pad_intermediate=pad_intermediate,
+            target_bits=target_bits,
             trust_remote_code=trust_remote_code,
             progress=progress,
             on_block=lambda block: show_block(
@@ -186,7 +192,7 @@ def quantize(
     if json:
         keys = ["out", "method", "effort", "scheme", "format", "seconds", "phase_seconds"]
         keys += ["peak_rss_bytes", "peak_vram_bytes", "bits_per_weight", "error_rtn", "error"]
-        keys += ["kept_modules", "serving", "calibration"]
+        keys += ["kept_modules", "serving", "calibration", "allocation"]
         values = asdict(report)
         quantized = [linear.name for linear in report.linears]
         print_json({key: values[key] for key in keys} | {"quantized_modules": quantized})
@@ -199,6 +205,8 @@ def quantize(
         f"rounding's ({kept} linears kept it), {report.seconds:.0f} s, "
         f"{size(report.peak_rss_bytes)} peak"
     )
+    if report.allocation:
+        stdout.print(f"bits chosen: {widths(report.allocation)}")
     if report.kept_modules:
         some, count = report.kept_modules[:3], len(report.kept_modules)
         more = f" and {count - len(some)} more" if count > len(some) else ""

@@ -14,6 +14,9 @@ There are two versions. The first ("gptq") stores zeros less one, so that 0 has 
 writer makes something else of it and each reader takes it for something else. The second
 ("gptq_v2") stores zeros as they are, but older readers do not know it. Symmetric weights, whose
 zeros are all 2**(b-1), are written as version 1, which everything reads; all others as version 2.
+
+One scheme is the checkpoint's. Linears of other bits or groups are named in `dynamic`, a table of
+regular expressions and what they override, which GPTQModel made and vLLM and SGLang read.
 """
 
 import re
@@ -30,6 +33,7 @@ from salience.packing import pack, unpack
 from salience.patterns import matching
 from salience.qtensor import QTensor
 from salience.scheme import Scheme
+from salience.serving import with_fused
 
 _BITS = (2, 3, 4, 8)
 _V1, _V2 = "gptq", "gptq_v2"
@@ -87,9 +91,9 @@ class Gptq:
                     f"--format gptq holds codes of 2, 3, 4 or 8 bits, not {scheme} as {name} "
                     f"wants; use --format {other}"
                 )
-        if len(set(schemes.values())) > 1:
+        if len({scheme.sym for scheme in schemes.values()}) > 1:
             raise SalienceError(
-                "--format gptq stores one scheme for all linears, not "
+                "--format gptq stores symmetric linears or asymmetric ones, not "
                 f"{' and '.join(sorted({str(s) for s in schemes.values()}))}; "
                 "use --format compressed-tensors"
             )
@@ -179,7 +183,10 @@ class Gptq:
         outside: Sequence[str] = (),
         act_order: bool = False,
     ) -> dict[str, Any]:
-        scheme = next(iter(schemes.values()))
+        of_scheme: dict[Scheme, list[str]] = {}
+        for name, each in schemes.items():
+            of_scheme.setdefault(each, []).append(name)
+        scheme = max(of_scheme, key=lambda each: len(of_scheme[each]))
         config: dict[str, Any] = {
             "quant_method": "gptq",
             "checkpoint_format": _V1 if scheme.sym else _V2,
@@ -191,12 +198,21 @@ class Gptq:
             "lm_head": False,
             "pack_dtype": "int32",
         }
+        # What differs from the rest. vLLM and SGLang look for the name of a fused linear, the rest
+        # for those of its parts.
+        others = {
+            f"+:^{re.escape(name)}$": {"bits": each.bits, "group_size": each.group_size}
+            for each, names in of_scheme.items()
+            if each != scheme
+            for name in with_fused(names)
+        }
         # Readers keep the head float by themselves. Of other names, GPTQModel and SGLang want to be
         # told; vLLM sees in the headers which are float.
         skipped: dict[str, Any] = {
             f"-:^{re.escape(name)}$": {} for name in kept if name != "lm_head"
         }
-        return config | ({"dynamic": skipped} if skipped else {})
+        table = others | skipped
+        return config | ({"dynamic": table} if table else {})
 
 
 def _layout(config: Mapping[str, Any]) -> str:
