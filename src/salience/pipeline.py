@@ -300,7 +300,8 @@ def _prepare(
         source, skeleton, schemes, text, job.method, job.device, max_memory, backward
     )
     if not is_published(target):
-        need = 2 * checkpoint_bytes(job) + budget.temporary_bytes
+        size = checkpoint_bytes(skeleton, schemes, job.fmt, job_bits(job))
+        need = 2 * size + budget.temporary_bytes
         check_disk(target, need - held_bytes(target))
     tokens = text.tokens(source.tokenizer) if text else None
     report = Report(

@@ -108,7 +108,7 @@ def make_plan(
     schemes, method = job.schemes, job.method
     names = {name for name, _ in model.named_parameters()} & weights.names()
     source_bytes = sum(weights.nbytes(name) for name in names)
-    disk = checkpoint_bytes(job)
+    disk = checkpoint_bytes(model, schemes, job.fmt, job_bits(job))
     backward = job.target_bits is not None
     try:
         budget = choose_budget(
@@ -301,12 +301,14 @@ def job_bits(job: Job) -> float:
     return bits / max(1, count + more)
 
 
-def checkpoint_bytes(job: Job) -> int:
-    """Size of the written checkpoint."""
-    model = job.skeleton
-    quantized = sum(rows * columns for rows, columns in _shapes(model, job.schemes).values())
+def checkpoint_bytes(
+    model: Any, schemes: Mapping[str, Scheme], fmt: Format, bits: float | None = None
+) -> int:
+    """Size of the written checkpoint, of `bits` a quantized weight where the schemes are open."""
+    quantized = sum(rows * columns for rows, columns in _shapes(model, schemes).values())
     others = sum(p.numel() for p in model.parameters()) - quantized
-    return round(quantized * job_bits(job) / 8) + others * _FLOAT_BYTES
+    mean = mean_bits(model, schemes, fmt) if bits is None else bits
+    return round(quantized * mean / 8) + others * _FLOAT_BYTES
 
 
 def device_memory(
