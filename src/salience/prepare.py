@@ -119,6 +119,10 @@ def prepare(
             f"--format dense holds weights with scales folded in and --method {method} finds none; "
             "use --method awq, or the model as it is"
         )
+    if isinstance(fmt, Dense) and chosen.learns is not None:
+        raise SalienceError(
+            "--format dense rounds nothing, so there is nothing to learn; use --effort fast"
+        )
     return Prepared(job, recipe, _findings(job, tensor_parallel), padding)
 
 
