@@ -43,7 +43,7 @@ _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
 _READ_BYTES_PER_SECOND = 2e9
 # Of a block that learns: floats for each coded weight, and for each number that enters or leaves a
 # linear (with what lies between the linears), which wait for the backward pass.
-_LEARN_COPIES = 10
+_LEARN_COPIES = 12
 _LEARN_ACTIVATIONS = 3
 
 

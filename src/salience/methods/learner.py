@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from salience.methods.base import Tuning
-from salience.methods.tuned import Rounding
+from salience.methods.tuned import Rounding, correction
 from salience.modules import is_transposed, weight_of
 from salience.qtensor import QTensor
 
@@ -78,7 +78,8 @@ def _learn(
     first = best = learner.held_out()
     at, since, kept = 0, 0, learner.copy()
     for iteration, part in enumerate(learner.order(), start=1):
-        learner.iterate(part, 1 - (iteration - 1) / tuning.iterations)
+        rate = correction(iteration) * (1 - (iteration - 1) / tuning.iterations)
+        learner.iterate(part, rate)
         if iteration % tuning.check_every and iteration != tuning.iterations:
             continue
         loss = learner.held_out()
@@ -126,7 +127,8 @@ class _Learner:
         self._x, self._y = examples.inputs(0).clone(), examples.targets(0).clone()
         self._step: Callable[[], None] = self._iterate
         if device.type == "cuda" and examples.alike:
-            self._step = captured(self._iterate, [*self.state, *self._values()])
+            changed = [tensor for kind in self._kinds for tensor in kind.buffers()]
+            self._step = captured(self._iterate, changed)
 
     def order(self) -> list[int]:
         """The micro-batch of each iteration: all that are trained on, in a new order each time."""
@@ -137,7 +139,7 @@ class _Learner:
         return order[: self._tuning.iterations]
 
     def iterate(self, part: int, rate: float) -> None:
-        """One step of the gradient, on a micro-batch, at a share of the rates."""
+        """One step on a micro-batch, with the rates times `rate`."""
         self._part = part
         self._x.copy_(self._examples.inputs(part))
         self._y.copy_(self._examples.targets(part))
@@ -182,9 +184,6 @@ class _Learner:
         return {
             name: qt for names, kind in found for name, qt in zip(names, kind.codes(), strict=True)
         }
-
-    def _values(self) -> list[Tensor]:
-        return [kind.value for kind in self._kinds]
 
 
 def captured(body: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:

@@ -35,8 +35,16 @@ from torch import Tensor
 
 from salience.qtensor import QTensor
 
+_BETAS = (0.9, 0.99)
+_EPSILON = 1e-12
+_WIDEST = 0.5  # by how much a range may grow or shrink
 _BESIDE = 0.49  # of a step: how far from the start's code the value to round may lie
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # fp16 above 0
+
+
+def correction(iteration: int) -> float:
+    """What Adam's rate is multiplied by in an iteration, counted from 1."""
+    return float((1 - _BETAS[1] ** iteration) ** 0.5 / (1 - _BETAS[0] ** iteration))
 
 
 class Rounding:
@@ -66,6 +74,8 @@ class Rounding:
         self.lo, self.hi = -zero * scale, (self.levels - zero) * scale
         self.offset = torch.zeros_like(self.base)
         self.range = torch.zeros(2, *scale.shape, dtype=weight.dtype, device=weight.device)
+        # Adam's two averages of each gradient.
+        self._averages = [torch.zeros_like(each) for each in self.state() for _ in range(2)]
         self.value = torch.empty_like(self.base)
         self.gradient = torch.zeros_like(self.base)
         self.round()
@@ -108,15 +118,31 @@ class Rounding:
         return free * scale, torch.stack([low, high])
 
     def step(self, rounding_rate: Tensor, range_rate: Tensor, bound: float) -> None:
-        """Move each offset and factor against the sign of its gradient, and `round`."""
-        offset, factors = self.gradients()
-        self.offset.addcmul_(offset.sign_(), rounding_rate, value=-1).clamp_(-bound, bound)
-        self.range.addcmul_(factors.sign_(), range_rate, value=-1).clamp_(-0.5, 0.5)
+        """Move each offset and factor by one step of Adam, and `round`.
+
+        Args:
+            rounding_rate: a number, by how much at most an offset moves; Adam's correction for the
+                zeros that its averages start at (`correction`) is in it.
+            range_rate: likewise a factor of lo or hi.
+            bound: of the offsets' magnitude.
+        """
+        rates, bounds = (rounding_rate, range_rate), (bound, _WIDEST)
+        averages = zip(self._averages[::2], self._averages[1::2], strict=True)
+        everything = zip(self.state(), self.gradients(), averages, rates, bounds, strict=True)
+        for value, gradient, (mean, square), rate, most in everything:
+            mean.lerp_(gradient, 1 - _BETAS[0])
+            square.lerp_(gradient.square_(), 1 - _BETAS[1])
+            move = gradient.copy_(square).sqrt_().add_(_EPSILON).reciprocal_().mul_(mean)
+            value.addcmul_(move, rate, value=-1).clamp_(-most, most)
         self.round()
 
     def state(self) -> list[Tensor]:
-        """What is learned."""
+        """What is learned: `offset` and `range`."""
         return [self.offset, self.range]
+
+    def buffers(self) -> list[Tensor]:
+        """All that a step changes."""
+        return [*self.state(), *self._averages, self.value, self.gradient]
 
     def codes(self) -> list[QTensor]:
         """The weights as a checkpoint holds them."""
