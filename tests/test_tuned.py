@@ -141,18 +141,24 @@ class _Mlp(nn.Module):
         return x + self.down(torch.nn.functional.silu(self.up(x)))
 
 
-def lesson(seed: int = 0, parts: int = 6) -> tuple[_Mlp, dict[str, QTensor], Examples]:
+CPU = torch.device("cpu")
+
+
+def lesson(
+    seed: int = 0, parts: int = 6, device: torch.device = CPU, alike: bool = True
+) -> tuple[_Mlp, dict[str, QTensor], Examples]:
     """A block, plain codes of two schemes, and what it is to return."""
     torch.manual_seed(seed)
     block = _Mlp().requires_grad_(False)
     inputs = torch.randn(parts, 2, 24, 32) @ torch.randn(32, 32)
     targets = torch.stack([block(x) for x in inputs])
     start = {
-        "up": started(Scheme.parse("w3g16"), weight_of(block.up), seed),
-        "down": started(Scheme.parse("w2channel"), weight_of(block.down), seed),
+        "up": started(Scheme.parse("w3g16"), weight_of(block.up), seed).to(device),
+        "down": started(Scheme.parse("w2channel"), weight_of(block.down), seed).to(device),
     }
-    examples = Examples(parts, inputs.__getitem__, targets.__getitem__, lambda _, x: block(x))
-    return block, start, examples
+    block, inputs, targets = block.to(device), inputs.to(device), targets.to(device)
+    get, run = inputs.__getitem__, lambda _, x: block(x)
+    return block, start, Examples(parts, get, targets.__getitem__, run, alike)
 
 
 QUICK = Tuning(iterations=30, rounding_rate=0.02, range_rate=0.01, check_every=5)
@@ -198,6 +204,32 @@ def test_it_is_deterministic() -> None:
     first, second, other = again(0), again(0), again(1)
     assert all(same(first.weights[name], second.weights[name]) for name in first.weights)
     assert first.loss == second.loss != other.loss
+
+
+def test_as_a_graph_or_one_by_one(device: torch.device) -> None:
+    """On a GPU one replays what was captured, the other starts each kernel; the start is the same
+    after the capture, which tries the step out.
+    """
+    found = []
+    for alike in (True, False):
+        block, start, examples = lesson(device=device, alike=alike)
+        found.append(learn(block, start, examples, QUICK))
+    assert found[0].loss_start == found[1].loss_start
+    assert found[0].loss == pytest.approx(found[1].loss, rel=0.05)
+    assert found[0].loss < 0.9 * found[0].loss_start
+
+
+def test_a_step_that_waits_for_the_device(device: torch.device) -> None:
+    """It cannot be captured, and is run as it is."""
+    block, start, examples = lesson(device=device)
+
+    def run(_part: int, x: Tensor) -> Tensor:
+        return block(x) * (1.0 if x.sum().item() < 1e30 else 0.0)
+
+    waits = Examples(examples.count, examples.inputs, examples.targets, run)
+    plain = learn(block, start, Examples(examples.count, examples.inputs, examples.targets,
+                                         examples.run, alike=False), QUICK)  # fmt: skip
+    assert learn(block, start, waits, QUICK).loss == pytest.approx(plain.loss, rel=0.05)
 
 
 def test_what_does_not_improve_keeps_its_start() -> None:

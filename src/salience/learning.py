@@ -110,6 +110,8 @@ class Pupil:
             return solved
         with fast_matmul():
             learned = learn(block.module, start, examples, tuning, on_check)
+        if self._job.device.type == "cuda":
+            torch.cuda.empty_cache()  # what a graph was captured in is of no use to the next
         return with_learned(block, solved, learned)
 
     def advance(self) -> None:

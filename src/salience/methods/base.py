@@ -81,7 +81,7 @@ class Tuning:
     Args:
         iterations: steps of the gradient, at most.
         batch_tokens: of a micro-batch, as many whole sequences as that makes.
-        rounding_rate: by how much an offset moves in the first step; it falls to 0 linearly.
+        rounding_rate: Adam's, of the offsets, in steps of the grid; it falls to 0 linearly.
         range_rate: likewise of the factors of lo and hi.
         bound: of the offsets' magnitude.
         held_out: share of the micro-batches that is never trained on; one at least.
@@ -92,8 +92,8 @@ class Tuning:
 
     iterations: int = 200
     batch_tokens: int = 4096
-    rounding_rate: float = 0.005
-    range_rate: float = 0.005
+    rounding_rate: float = 0.004
+    range_rate: float = 3e-4
     bound: float = 1.0
     held_out: float = 1 / 16
     check_every: int = 20
