@@ -26,7 +26,7 @@ from tiny_models import TEXT, error, logits, make_model, random_tokens, save
 from workshop import Run, Workshop, differences, finished_blocks
 
 QUICK = Tuning(iterations=12, batch_tokens=128, rounding_rate=0.002, range_rate=3e-4, check_every=3)
-KINDS = ("llama", "gemma2", "gpt2", "qwen3_moe", "phi3")
+KINDS = ("llama", "gemma2", "gpt2", "qwen3_moe")
 
 
 @pytest.fixture(autouse=True)

@@ -55,8 +55,8 @@ class BlockReport:
         seconds: spent on it.
         peak_rss_bytes: most memory of the process up to its end.
         peak_vram_bytes: most GPU memory of tensors up to its end, 0 on CPUs.
-        loss_start: of a block that learns, the mean squared error of its output before, on the
-            micro-batches it did not learn from.
+        loss_start: of a block that learns, the squared error of its output before, relative to
+            each token's, on the micro-batches it did not learn from.
         loss: the same of what was written.
         iterations: after which that was reached; 0 where the start stayed.
     """

@@ -92,8 +92,8 @@ class Tuning:
 
     iterations: int = 200
     batch_tokens: int = 4096
-    rounding_rate: float = 0.004
-    range_rate: float = 3e-4
+    rounding_rate: float = 0.003
+    range_rate: float = 5e-4
     bound: float = 1.0
     held_out: float = 1 / 16
     check_every: int = 20

@@ -11,6 +11,8 @@ from salience.methods.tuned import Rounding, correction
 from salience.modules import is_transposed, weight_of
 from salience.qtensor import QTensor
 
+_FAINTEST = 1e-6  # of the mean square of a target: tokens below count as if they had that much
+
 
 @dataclass(frozen=True, slots=True)
 class Examples:
@@ -93,6 +95,18 @@ def _learn(
     return Learned(learner.codes() if at else dict(start), first, best, at)
 
 
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """Squared error of each token relative to its target's square, mean of all: a number.
+
+    Args:
+        output: [..., hidden].
+        target: likewise.
+    """
+    power = target.square().mean(-1)
+    floor = _FAINTEST * power.mean()
+    return ((output - target).square().mean(-1) / power.clamp(min=floor)).mean()
+
+
 class _Learner:
     """A block whose linears take their weights from `Rounding`s, and what moves them."""
 
@@ -156,7 +170,7 @@ class _Learner:
             kind.step(self._rates[0], self._rates[1], self._tuning.bound)
 
     def _loss(self, part: int, x: Tensor, y: Tensor) -> Tensor:
-        return nn.functional.mse_loss(self._examples.run(part, x), y)
+        return relative_error(self._examples.run(part, x), y)
 
     def held_out(self) -> float:
         """The loss on the micro-batches that are not trained on."""

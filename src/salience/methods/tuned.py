@@ -24,10 +24,29 @@ moved just so far that it rounds to the codes of the start (GPTQ's): at most 0.4
 the code, on the float weight's side of it. With v = a = b = 0 the block is then exactly the start,
 and a small offset goes first to the weights that were nearly rounded the other way.
 
-Loss. The mean squared difference from the float block's output on float inputs, on micro-batches of
-the calibration text. Some of them are never trained on; on these the loss is measured now and then,
-and the best state is kept. A block that is not better there than its start keeps its start, bit for
-bit.
+Loss. The squared difference from the float block's output on float inputs, relative to the square
+of that output, token by token: a norm ends the model, and a few tokens are far longer than the
+others. It is taken on micro-batches of the calibration text, some of which are never trained on. On
+these it is measured now and then, and the best state is kept; a block that is not better there than
+its start keeps its start, bit for bit. The start must not know them either: the error of GPTQ's
+codes is 8 % lower on the text that its second moments are of.
+
+Settings, by the mean squared error on tokens held out after 100 iterations, the start being 1 (first
+block of SmolLM2-135M, 112 x 256 tokens of WikiText-2, 1024 an iteration, on a CPU):
+
+                                            rates of offsets, ranges
+    w3g64  sign of the gradient             0.0025, 0.0025            0.87
+           (AutoRound's way)                0.005,  0.001             0.84
+           Adam                             0.002,  0.0005            0.75
+                                            0.005,  0.0005            0.74
+                                            0.003,  0.0001            0.77
+                                            0.002,  0.002             0.84
+           w at the start's code itself     0.005,  0.0005            1.16
+    w4g64  Adam, 60 iterations              0.003,  0.0005            0.81
+
+The relative loss (0.003, 0.0003) ended with less of both errors than the plain one at any of these
+rates: on the last sequences 0.0374 against 0.0377 plain, 0.0069 against 0.0074 relative. A text of
+20 x 256 tokens is learned by heart: at no rate did the loss held out fall by more than 2 %.
 """
 
 import torch
