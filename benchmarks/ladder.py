@@ -20,7 +20,7 @@ from salience.evaluation.perplexity import perplexity
 from salience.machine import describe
 from salience.source import open_source
 
-ROWS = (("gptq", "fast"), ("awq", "fast"), ("awq", "balanced"))
+ROWS = (("gptq", "fast"), ("awq", "fast"), ("awq", "balanced"), ("awq", "best"))
 
 
 def main() -> None:

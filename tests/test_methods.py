@@ -1,5 +1,7 @@
 """Methods by name, what each is made of, and which schemes each makes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -10,6 +12,7 @@ from salience.errors import SalienceError
 from salience.methods import (
     AWQ,
     AWQ_GPTQ,
+    AWQ_TUNED,
     EFFORTS,
     GPTQ,
     METHODS,
@@ -37,12 +40,15 @@ def test_names() -> None:
 
 def test_efforts() -> None:
     assert get_method("awq", "balanced") is AWQ_GPTQ and get_method("awq") is AWQ
-    with pytest.raises(SalienceError, match="there is no effort 'best'; use fast or balanced"):
-        get_method("awq", "best")
+    assert get_method("awq", "best") is AWQ_TUNED
+    message = "there is no effort 'worst'; use fast or balanced or best"
+    with pytest.raises(SalienceError, match=message):
+        get_method("awq", "worst")
     for name in ("gptq", "rtn", "nf4"):
-        message = f"--effort balanced is for --method awq, not {name}"
-        with pytest.raises(SalienceError, match=message):
-            get_method(name, "balanced")
+        for effort in ("balanced", "best"):
+            message = f"--effort {effort} is for --method awq, not {name}"
+            with pytest.raises(SalienceError, match=message):
+                get_method(name, effort)
         assert get_method(name, "fast").name == name
     assert set(EFFORTS["fast"]) == {method.name for method in METHODS}
 
@@ -54,6 +60,9 @@ def test_what_each_needs() -> None:
     assert coded == ["gptq", "awq+gptq"]
     assert not any(m.trusted for m in (*METHODS, AWQ_GPTQ))
     assert AWQ_GPTQ.scales is AWQ.scales and AWQ_GPTQ.codes is GPTQ.codes
+    assert AWQ_TUNED.learns is not None
+    start = replace(AWQ_TUNED, name=AWQ_GPTQ.name, learns=None)
+    assert start == AWQ_GPTQ and not any(m.learns for m in (*METHODS, AWQ_GPTQ))
 
 
 def test_defaults() -> None:

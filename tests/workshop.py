@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -148,6 +148,7 @@ class Workshop:
                 shard_bytes: of a shard of the checkpoint.
                 file_bytes: most that a file can be; writing more fails.
                 stdin: text that is piped in.
+                iterations: that each block learns for, with --effort best.
                 no_disk_check: leave out the comparison of what is needed with what is free.
         """
         assert self._process.stdin is not None
@@ -209,6 +210,7 @@ def _serve() -> None:
 def _child(request: dict[str, Any], scratch: list[int]) -> None:
     from salience import hidden, pipeline, writer
     from salience.cli import main
+    from salience.methods import AWQ_TUNED, EFFORTS, Tuning
     from salience.plan import Budget
 
     os.chdir(request["cwd"])
@@ -222,6 +224,9 @@ def _child(request: dict[str, Any], scratch: list[int]) -> None:
     if "on_disk" in request:
         budget = Budget(request["on_disk"], False, 0)
         pipeline.choose_budget = lambda *_: budget
+    if "iterations" in request:
+        tuning = Tuning(request["iterations"], batch_tokens=32, check_every=2)
+        EFFORTS["best"] = {"awq": replace(AWQ_TUNED, learns=tuning)}
     if "no_disk_check" in request:
         pipeline.check_disk = lambda *_: None
     hidden.SAVE_SECONDS = request.get("save_seconds", hidden.SAVE_SECONDS)

@@ -6,7 +6,7 @@ rounding the float weight.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from salience.errors import SalienceError
 from salience.grid import Grid
 from salience.machine import fast_matmul
 from salience.methods import FoldScale, Method, Problem, full_grids
+from salience.methods.learner import Learned
 from salience.qtensor import QTensor
 from salience.report import LinearReport
 from salience.scheme import Scheme
@@ -79,10 +80,14 @@ class Coded:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SolvedBlock:
-    """A quantized block: its linears by their names in it, and the scales folded in."""
+    """A quantized block: its linears by their names in it, and the scales folded in.
+
+    `learned` is how its codes came to differ from the method's, if they did.
+    """
 
     linears: dict[str, Coded]
     scales: list[FoldScale]
+    learned: Learned | None = None
 
 
 # The scheme of a linear by its full name, None if it stays float.
@@ -376,3 +381,43 @@ def _take_rows(qt: QTensor, rows: slice) -> QTensor:
     if rows == slice(0, qt.out_features):
         return qt
     return QTensor(qt.q[rows], qt.scales[rows], qt.zeros[rows], qt.scheme, qt.g_idx)
+
+
+def with_learned(block: LoadedBlock, solved: SolvedBlock, learned: Learned) -> SolvedBlock:
+    """A solved block with other codes for its linears, their errors measured anew.
+
+    Args:
+        block: with its float weights, folded.
+        solved: what was learned from.
+        learned: of the same linears.
+    """
+    linears = {}
+    for name, coded in solved.linears.items():
+        qt = learned.weights[name]
+        if qt is coded.qtensor:
+            linears[name] = coded
+            continue
+        weight = weight_of(block.module.get_submodule(name))
+        second = _second(block, solved.scales, name)
+        divisors = torch.ones_like(weight[:, 0])
+        for scale in solved.scales:
+            if scale.fold.prev == name:
+                divisors[scale.fold.index.to(divisors.device)] = scale.scales
+        before, after = (
+            (output_error(each.dequantize() - weight, second) * divisors.square()).sum().item()
+            for each in (coded.qtensor, qt)
+        )
+        own = coded.report
+        error = own.error * after / before if before else own.error
+        linears[name] = replace(coded, qtensor=qt, report=replace(own, error=error, kept_rtn=False))
+    return SolvedBlock(linears, solved.scales, learned)
+
+
+def _second(block: LoadedBlock, scales: list[FoldScale], name: str) -> Tensor | None:
+    """H of what a linear of a folded block gets."""
+    group = next(group for group in block.structure.groups if name in group)
+    if group[0] not in block.moments:
+        return None
+    second = block.moments[group[0]].second
+    own = next((each for each in scales if name in each.fold.sinks), None)
+    return second if own is None else second / own.scales[:, None] / own.scales

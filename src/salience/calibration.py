@@ -458,10 +458,20 @@ def _return(output: Any, *_args: object, **_kwargs: object) -> Any:
     return output
 
 
-def micro_batch(samples: int, seqlen: int, device: torch.device) -> int:
-    """The most sequences at once that divide the samples and stay within a budget of tokens."""
-    limit = max(1, MICRO_BATCH_TOKENS[device.type] // seqlen)
-    return max(n for n in range(1, min(limit, samples) + 1) if samples % n == 0)
+def micro_batch(
+    samples: int, seqlen: int, device: torch.device, learning: int | None = None
+) -> int:
+    """The most sequences at once that divide the samples and stay within a budget of tokens.
+
+    Args:
+        samples: sequences.
+        seqlen: tokens in each.
+        device: where they run.
+        learning: another budget, for blocks that learn; they want two micro-batches at least.
+    """
+    limit = max(1, (learning or MICRO_BATCH_TOKENS[device.type]) // seqlen)
+    most = samples if learning is None else samples // 2
+    return max(n for n in range(1, min(limit, most) + 1) if samples % n == 0)
 
 
 def observe(

@@ -32,6 +32,7 @@ from salience.formats import Dense
 from salience.hidden import HiddenStates
 from salience.job import Job
 from salience.journal import Journal
+from salience.learning import Pupil
 from salience.loading import set_tensor
 from salience.machine import fast_matmul, peak_rss_bytes, release_memory
 from salience.report import BlockReport
@@ -119,9 +120,11 @@ def gather(
             yield Gathered(engine._gather(block, index), inputs, arguments, hidden)
 
 
-def window(blocks: nn.ModuleList, device: torch.device) -> int:
-    """How many blocks are solved side by side: what fits `WINDOW_BYTES`, one on a CPU."""
-    if device.type == "cpu":
+def window(blocks: nn.ModuleList, device: torch.device, learns: bool) -> int:
+    """How many blocks are solved side by side: what fits `WINDOW_BYTES`; one on a CPU, and where
+    each learns from what those before it became.
+    """
+    if device.type == "cpu" or learns:
         return 1
     largest = max(_solved_bytes(block) for block in blocks)
     return max(1, min(len(blocks), WINDOW_BYTES // largest))
@@ -154,12 +157,13 @@ class _Engine:
         self._on_disk = on_disk
         self._structures: dict[tuple[object, ...], Structure] = {}
         self._hidden: HiddenStates | None = None
+        self._pupil: Pupil | None = None
         self._arguments = BlockArguments([])
         self._probe: _Probe | None = None
 
     def run(self, rehearse: bool) -> None:
         job, count = self._job, len(self._job.blocks)
-        size = window(job.blocks, job.device)
+        size = window(job.blocks, job.device, job.method.learns is not None)
         done = min(journal.done() for _, journal in self._tasks)
         first = done // size * size if done < count else count
         needs_tail = any(job.outside and journal.done() <= count for job, journal in self._tasks)
@@ -196,23 +200,39 @@ class _Engine:
             if self._tokens is None:
                 return
             samples, seqlen = self._tokens.shape
-            batch = micro_batch(samples, seqlen, job.device)
+            tuning = job.method.learns
+            batch = micro_batch(
+                samples, seqlen, job.device, None if tuning is None else tuning.batch_tokens
+            )
             shape = (samples, seqlen, *parts[0].shape[2:])
             hidden = HiddenStates(self._journal, shape, batch, job.device, self._on_disk)
+            states = [hidden]
+            if tuning is not None:
+                on_disk = self._on_disk
+                coded = HiddenStates(self._journal, shape, batch, job.device, on_disk, "coded")
+                states.append(coded)
             # Blocks that leave something for later ones must all run again.
-            saved = None if arguments.stateful else self._journal.latest_hidden(first)
-            keep = hidden.first if saved is None else _drop
+            new = [each for each in states if arguments.stateful or not each.resume(first)]
+
+            def keep(part: int, x: Tensor) -> None:
+                for each in new:
+                    each.first(part, x)
+
             self._arguments = record_inputs(
                 job.skeleton, job.blocks, self._tokens, batch, job.device, keep
             )
-            if saved is not None:
-                hidden.load(saved)
             self._hidden = hidden
+            if tuning is not None:
+                self._pupil = Pupil(job, self._journal, tuning, hidden, coded, self._arguments)
         for index in range(hidden.index, first):
             job.progress("replay", index, first)
             with job.loaded(index) as block:
                 self._forward(block, index, {})
-            self._journal.forget_hidden(index + 1)
+            hidden.forget(index + 1)
+        if self._pupil is not None and first < len(job.blocks):
+            for index in range(self._pupil.index, first):
+                job.progress("replay", index, first)
+                self._pupil.advance()
 
     def _solve(self, indices: range) -> None:
         job, began = self._job, time.perf_counter()
@@ -245,11 +265,20 @@ class _Engine:
         began = time.perf_counter()
         with job.phase("search"):
             solved = solve(loaded, job.method, job.schemes.get, job.method.trusted)
+        if self._pupil is not None:
+            with job.phase("learn"):
+                solved = [
+                    self._pupil.learn(index, block, result)
+                    for index, block, result in zip(indices, loaded, solved, strict=True)
+                ]
         with job.phase("write"):
             seconds = shared + (time.perf_counter() - began) / len(indices)
             for index, block, result in zip(indices, loaded, solved, strict=True):
                 if index >= done:
                     self._save(job, journal, index, block, result, seconds)
+        if self._pupil is not None:
+            with job.phase("learn"):
+                self._pupil.advance()
 
     def _gather(self, block: nn.Module, index: int) -> LoadedBlock:
         """A block's structure and moments; the hidden states move past it."""
@@ -297,9 +326,13 @@ class _Engine:
         if hidden is None:
             return
         with fast_matmul():
+            seen = range(hidden.parts)
+            if (tuning := self._job.method.learns) is not None:
+                seen, _ = tuning.split(hidden.parts)  # a start that knows the rest looks too good
             for part in range(hidden.parts):
                 run = partial(run_block, block, hidden.get(part), self._arguments.of(index, part))
-                hidden.put(part, observe(block, list(moments), run, _adder(moments)))
+                names = list(moments) if part in seen else []
+                hidden.put(part, observe(block, names, run, _adder(moments)))
         hidden.advance()
 
     def _plain_structure(self, block: nn.Module) -> Structure:
@@ -355,7 +388,9 @@ class _Engine:
                 rehearsed = LoadedBlock(name, block, structure, moments, run)
             weights = _unfolded(rehearsed) if len(self._tasks) > 1 else []
             for each, _ in self._tasks:
-                solve([rehearsed], each.method, each.schemes.get, each.method.trusted)
+                [solved] = solve([rehearsed], each.method, each.schemes.get, each.method.trusted)
+                if self._pupil is not None:
+                    self._pupil.rehearse(index, rehearsed, solved)
                 restore(weights)
 
     def _save(
@@ -382,6 +417,7 @@ class _Engine:
                 tensors |= stored_tensors(job.skeleton, job.weights, name, value)
         reports = [coded.report for coded in solved.linears.values()]
         count = max(len(reports), 1)
+        learned = solved.learned
         report = BlockReport(
             name=block.name,
             error_rtn=sum(linear.error_rtn for linear in reports) / count,
@@ -390,6 +426,9 @@ class _Engine:
             seconds=seconds,
             peak_rss_bytes=peak_rss_bytes(),
             peak_vram_bytes=job.peak_vram_bytes(),
+            loss_start=None if learned is None else learned.loss_start,
+            loss=None if learned is None else learned.loss,
+            iterations=0 if learned is None else learned.iterations,
         )
         first = index < len(job.blocks) and self._first(_kind(job.blocks[index])) == index
         record: dict[str, Any] = {
@@ -490,10 +529,6 @@ def _move_buffers(model: nn.Module, device: torch.device) -> None:
         for name, buffer in module.named_buffers(recurse=False):
             persistent = name not in module._non_persistent_buffers_set
             module.register_buffer(name, buffer.to(device), persistent=persistent)
-
-
-def _drop(_part: int, _hidden: Tensor) -> None:
-    """Keep nothing."""
 
 
 def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:

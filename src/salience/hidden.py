@@ -32,6 +32,7 @@ class HiddenStates:
         batch: sequences in a micro-batch; it divides the samples.
         device: where micro-batches are wanted.
         on_disk: do not hold them in memory.
+        kind: what their files are called; several live side by side.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class HiddenStates:
         batch: int,
         device: torch.device,
         on_disk: bool,
+        kind: str = "hidden",
     ) -> None:
         self.index = 0
+        self._kind = kind
         self._journal, self._shape, self._batch, self._device = journal, shape, batch, device
         self._tensor = None if on_disk else torch.empty(shape, device=device)
         self._saved_at = time.monotonic()
@@ -51,6 +54,17 @@ class HiddenStates:
     def parts(self) -> int:
         """How many micro-batches there are."""
         return self._shape[0] // self._batch
+
+    def resume(self, before: int) -> bool:
+        """Go on from the latest that are on the disk and enter a block up to `before`, if any."""
+        index = self._journal.latest_hidden(before, self._kind)
+        if index is not None:
+            self.load(index)
+        return index is not None
+
+    def forget(self, done: int) -> None:
+        """Delete what going on after `done` blocks would not read."""
+        self._journal.forget_hidden(done, self._kind)
 
     def load(self, index: int) -> None:
         """Go on from hidden states that are on the disk."""
@@ -77,13 +91,13 @@ class HiddenStates:
         """All parts of the block's output were put: they now enter the next block."""
         self.index += 1
         if self._tensor is not None and time.monotonic() - self._saved_at > SAVE_SECONDS:
-            self._journal.save_hidden(self.index, self._tensor)
+            self._journal.save_hidden(self.index, self._tensor, self._kind)
             self._saved_at = time.monotonic()
 
     def _read(self, part: int) -> Tensor:
         shape = (self._batch, *self._shape[1:])
         count = math.prod(shape)
-        file = self._journal.hidden_file(self.index)
+        file = self._journal.hidden_file(self.index, self._kind)
         with disk_errors(file):
             values = numpy.fromfile(file, numpy.float32, count, offset=4 * part * count)
         if len(values) != count:
@@ -94,7 +108,7 @@ class HiddenStates:
         if self._tensor is not None:
             self._tensor[part * self._batch : (part + 1) * self._batch] = hidden
             return
-        file = self._journal.hidden_file(index)
+        file = self._journal.hidden_file(index, self._kind)
         growing = file.with_name(f"{file.name}.growing")
         with disk_errors(file):
             with growing.open("ab" if part else "wb") as stream:

@@ -7,6 +7,7 @@ Beside the output OUT, until it is whole, lies the folder OUT.partial:
     block-00007.json          its record; a block is done when this is there
     search-00007.safetensors  the scales and grids found for it, if they are to be saved
     hidden-00007.bin          the hidden states that enter a block, from time to time
+    coded-00007.bin           likewise of the quantized blocks, where later ones learn from them
     search.safetensors        the search-*.safetensors in one
     final/                    the checkpoint, put together when all blocks are done
     published                 job.json, renamed: `final` is whole and takes the name OUT
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from salience.checkpoint import read_json
+from salience.checkpoint import SafetensorsCheckpoint, read_json
 from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.writer import check_free, disk_errors, replacing, sync, write_json, write_tensors
 
@@ -225,25 +226,35 @@ class Journal:
                 f"{path} is damaged ({error}); delete {self.folder} to start over"
             ) from None
 
-    def hidden_file(self, index: int) -> Path:
-        """Where the hidden states that enter a block are or would be."""
-        return self.folder / f"hidden-{index:05d}.bin"
+    def checkpoint(self, index: int) -> SafetensorsCheckpoint:
+        """The tensors of a block that is done, as a checkpoint.
 
-    def save_hidden(self, index: int, hidden: Tensor) -> None:
+        Raises:
+            StorageError: damaged.
+        """
+        path = self._tensors(index)
+        with self._undamaged(path):
+            return SafetensorsCheckpoint(self.folder, [path])
+
+    def hidden_file(self, index: int, kind: str = "hidden") -> Path:
+        """Where the hidden states that enter a block are or would be."""
+        return self.folder / f"{kind}-{index:05d}.bin"
+
+    def save_hidden(self, index: int, hidden: Tensor, kind: str = "hidden") -> None:
         """Write the hidden states that enter a block."""
-        with replacing(self.hidden_file(index)) as temporary:
+        with replacing(self.hidden_file(index, kind)) as temporary:
             hidden.cpu().numpy().tofile(temporary)
 
-    def latest_hidden(self, before: int) -> int | None:
+    def latest_hidden(self, before: int, kind: str = "hidden") -> int | None:
         """The last block, up to `before`, whose hidden states are on the disk."""
-        there = [i for i in range(before, -1, -1) if self.hidden_file(i).exists()]
+        there = [i for i in range(before, -1, -1) if self.hidden_file(i, kind).exists()]
         return there[0] if there else None
 
-    def forget_hidden(self, done: int) -> None:
+    def forget_hidden(self, done: int, kind: str = "hidden") -> None:
         """Delete hidden states that going on after `done` blocks would not read."""
-        latest = self.latest_hidden(done)
-        for path in self.folder.glob("hidden-*.bin"):
-            if latest is None or path < self.hidden_file(latest):
+        latest = self.latest_hidden(done, kind)
+        for path in self.folder.glob(f"{kind}-*.bin"):
+            if latest is None or path < self.hidden_file(latest, kind):
                 path.unlink()
 
     def publish(self, search: Path | None = None) -> None:

@@ -75,7 +75,8 @@ def quantize(
         model: a folder, a `.gguf` file, a Hub name, or `smollm2-135m`.
         out: the folder to make; it appears when it is whole.
         method: "awq" (None), "gptq", "rtn" or "nf4".
-        effort: "fast" (None), or "balanced": AWQ's scales and grids with GPTQ's codes.
+        effort: "fast" (None); "balanced": AWQ's scales and grids with GPTQ's codes; or "best":
+            these codes and ranges then learned block by block.
         act_order: "gptq" forms its groups of columns of like importance; the checkpoint then says
             which column is in which, so the format must have a place for it.
         scheme: of the linears in the blocks, a Scheme or its name; None is w4g128.
@@ -204,7 +205,10 @@ def quantize_all(
     ]
     for work in works:
         work.job.progress = progress or work.job.progress
-    together = [work for work in works if work.job.method.reads_text]
+    # Blocks that learn go one by one, each behind those before it as they became.
+    methods = [work.job.method for work in works]
+    shared = [method.reads_text and method.learns is None for method in methods]
+    together = [work for work, shares in zip(works, shared, strict=True) if shares]
     for group in (together, *([work] for work in works if work not in together)):
         if group:
             _run(group, None)
@@ -295,6 +299,11 @@ def _prepare(
         if not is_published(target):
             check_file(Path(save_search), target)
     text = (calibration or Calibration()) if job.method.reads_text else None
+    if job.method.learns is not None and text is not None and text.samples < 2:
+        raise SalienceError(
+            "--effort best keeps some sequences to judge by what it learned from the others; give "
+            "--samples 2 or more"
+        )
     backward = job.target_bits is not None
     budget = choose_budget(
         source, skeleton, schemes, text, job.method, job.device, max_memory, backward

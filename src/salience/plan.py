@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from salience import grid
 from salience.calibration import BACKWARD_TOKENS, Calibration, micro_batch
 from salience.checkpoint import Checkpoint
 from salience.engine import window
@@ -28,8 +29,9 @@ from salience.machine import (
     matmul_flops,
     peak_rss_bytes,
 )
-from salience.methods import Method, Problem
+from salience.methods import Method, Problem, Tuning
 from salience.methods.awq import EXPONENTS, SCALE_ROWS, TILE_CANDIDATES
+from salience.methods.tuned import Rounding
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
 from salience.structure import Fold, codable, find_blocks, linears, weight_of
@@ -40,6 +42,10 @@ _TRIAL_COLUMNS = 256  # of the search that is timed: so few that products with H
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
 _READ_BYTES_PER_SECOND = 2e9
 _LOGITS = 6  # copies of them in a step backward from the head
+# Of a block that learns: floats for each coded weight, and for each number that enters or leaves a
+# linear (with what lies between the linears), which wait for the backward pass.
+_LEARN_COPIES = 12
+_LEARN_ACTIVATIONS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +122,8 @@ def make_plan(
         )
         advice = []
     except DoesNotFitError as error:
-        budget, advice = Budget(True, True, _hidden_bytes(model, calibration)), [str(error)]
+        hidden = _hidden_bytes(model, calibration, method)
+        budget, advice = Budget(True, True, hidden), [str(error)]
     temporary = disk + budget.temporary_bytes
     if disk + temporary > free_disk_bytes(out):
         short = disk + temporary - free_disk_bytes(out)
@@ -191,7 +198,7 @@ def choose_budget(
         )
     on_disk = needs[0] > cap
     need = needs[on_disk]
-    temporary = 2 * _hidden_bytes(model, calibration)
+    temporary = 2 * _hidden_bytes(model, calibration, method)
     if backward:
         temporary += _inputs_bytes(model, calibration)
     return Budget(on_disk, need > _CLOSE * cap, temporary)
@@ -322,7 +329,8 @@ def device_memory(
 ) -> dict[str, int]:
     """Peak bytes of tensors on the device, by phase."""
     prefix, blocks = find_blocks(model)
-    held = window(blocks, device)
+    learns = method.learns
+    held = window(blocks, device, learns is not None)
     largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
     weights = held * sum(p.numel() for p in largest.parameters())
     outside = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(f"{prefix}."))
@@ -331,16 +339,24 @@ def device_memory(
     solved = max((_solve_floats(*group, device, method) for group in groups), default=0)
     if calibration is None:
         return {"search": 4 * (weights + solved), "write": 4 * embedding.numel()}
-    batch = micro_batch(calibration.samples, calibration.seqlen, device) * calibration.seqlen
-    hidden = 0 if on_disk else calibration.samples * calibration.seqlen * embedding.shape[1]
+    batch = _batch_tokens(calibration, method, device)
+    hidden = 0 if on_disk else _hidden_bytes(model, calibration, method) // 4
     moments = held * sum(columns**2 for _, columns in groups)
     first = held * batch * embedding.shape[1]
     live = batch * _live_floats(largest)
+    learning = {}
+    if learns is not None:
+        coded = sum(rows * columns for rows, columns in groups)
+        kept = batch * _LEARN_ACTIVATIONS * sum(rows + columns for rows, columns in groups)
+        pairs = 3 * batch * embedding.shape[1]
+        floats = hidden + weights + moments + _LEARN_COPIES * coded + kept + pairs
+        learning = {"learn": 4 * floats}
     found = {
         "embeddings": 4 * (hidden + outside + 2 * batch * embedding.shape[1]),
         "statistics": 4 * (hidden + weights + moments + first + live),
         "folds": 4 * (hidden + 2 * weights + moments + first + live),
         "search": 4 * (hidden + weights + moments + first + held * solved),
+        **learning,
         "write": 4 * embedding.numel(),
     }
     if backward:
@@ -393,11 +409,19 @@ def _live_floats(block: nn.Module) -> int:
     return 4 * narrowest + 5 * widest
 
 
-def _hidden_bytes(model: Any, calibration: Calibration | None) -> int:
+def _hidden_bytes(model: Any, calibration: Calibration | None, method: Method) -> int:
+    """Of the float model's hidden states and, where blocks learn, the quantized one's."""
     if calibration is None:
         return 0
     width = model.get_input_embeddings().weight.shape[1]
-    return 4 * calibration.samples * calibration.seqlen * width
+    models = 1 if method.learns is None else 2
+    return 4 * models * calibration.samples * calibration.seqlen * width
+
+
+def _batch_tokens(calibration: Calibration, method: Method, device: torch.device) -> int:
+    samples, seqlen = calibration.samples, calibration.seqlen
+    learning = None if method.learns is None else method.learns.batch_tokens
+    return seqlen * micro_batch(samples, seqlen, device, learning)
 
 
 def _inputs_bytes(model: Any, calibration: Calibration | None) -> int:
@@ -457,10 +481,13 @@ def _seconds(
         squares = sum(columns**2 for block in blocks for _, columns in _groups(block))
         seconds["statistics"] = 2 * tokens * (weights + squares) / fast
         if method.folds:  # each is proved by two runs of a micro-batch
-            batch = micro_batch(calibration.samples, calibration.seqlen, device)
-            seconds["statistics"] += 4 * batch * calibration.seqlen * weights / flops
+            batch = _batch_tokens(calibration, method, device)
+            seconds["statistics"] += 4 * batch * weights / flops
+        if method.learns is not None:
+            batch = _batch_tokens(calibration, method, device)
+            seconds["learn"] = _learn_seconds(method.learns, tokens, batch, weights, fast, device)
     each = _search_cost(next(iter(schemes.values())), method, device)
-    held = window(blocks, device)
+    held = window(blocks, device, method.learns is not None)
     search = 0.0
     for block in blocks:
         for rows, columns in _groups(block):
@@ -477,6 +504,26 @@ def _seconds(
             search += 2 * columns**2 * (exact / flops + rough / fast)
     seconds["search"] = search
     return seconds
+
+
+def _learn_seconds(
+    tuning: Tuning, tokens: int, batch: int, weights: int, flops: float, device: torch.device
+) -> float:
+    """Of all blocks: forward and backward, the weights themselves, and the loss held out."""
+    _, held = tuning.split(tokens // batch)
+    checks = 1 + tuning.iterations // tuning.check_every
+    products = 6 * tuning.iterations * batch + 2 * (checks * len(held) * batch + tokens)
+    scheme = Scheme(4, 64)
+    weight = torch.randn(256 if device.type == "cpu" else 8192, 1024, device=device)
+    rounding = Rounding([weight], [grid.quantize(weight, scheme)])
+    rate = torch.zeros((), device=device)
+    for _ in range(2):  # the first also pays for starting up
+        start = time.perf_counter()
+        rounding.step(rate, rate, tuning.bound)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        took = time.perf_counter() - start
+    return weights * (products / flops + tuning.iterations * took / weight.numel())
 
 
 @dataclass(frozen=True, slots=True)

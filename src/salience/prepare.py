@@ -121,6 +121,10 @@ def prepare(
             f"--format dense holds weights with scales folded in and --method {method} finds none; "
             "use --method awq, or the model as it is"
         )
+    if isinstance(fmt, Dense) and chosen.learns is not None:
+        raise SalienceError(
+            "--format dense rounds nothing, so there is nothing to learn; use --effort fast"
+        )
     if target_bits is not None:
         set_target(job, recipe, target_bits, tensor_parallel)
         return Prepared(job, recipe, [], padding)  # what is served is not chosen yet

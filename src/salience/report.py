@@ -55,6 +55,10 @@ class BlockReport:
         seconds: spent on it.
         peak_rss_bytes: most memory of the process up to its end.
         peak_vram_bytes: most GPU memory of tensors up to its end, 0 on CPUs.
+        loss_start: of a block that learns, the squared error of its output before, relative to
+            each token's, on the micro-batches it did not learn from.
+        loss: the same of what was written.
+        iterations: after which that was reached; 0 where the start stayed.
     """
 
     name: str
@@ -64,6 +68,9 @@ class BlockReport:
     seconds: float
     peak_rss_bytes: int
     peak_vram_bytes: int
+    loss_start: float | None = None
+    loss: float | None = None
+    iterations: int = 0
 
 
 @dataclass(slots=True)

@@ -93,7 +93,8 @@ def measure(job: Job, journal: Journal, tokens: Tensor, on_disk: bool) -> list[S
     groups: list[tuple[str, ...]] = []
     arguments: list[list[Arguments]] = []
     hidden = None
-    plain = replace(job, method=replace(job.method, scales=no_scales))  # no folds to look for
+    # No folds to look for, and nothing to learn yet.
+    plain = replace(job, method=replace(job.method, scales=no_scales, learns=None))
     for index, found in enumerate(gather(plain, journal, tokens, on_disk, parts)):
         job.progress("sensitivity", index, 2 * len(job.blocks))
         with job.phase("sensitivity"):

@@ -38,14 +38,26 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def show_block(
-    name: str, error_rtn: float, error: float, folds: int, seconds: float, memory: int
+    name: str,
+    error_rtn: float,
+    error: float,
+    folds: int,
+    seconds: float,
+    memory: int,
+    losses: tuple[float, float] | None = None,
 ) -> None:
-    """A line for a finished block, above the bar; nothing off a terminal, as with the bar."""
+    """A line for a finished block, above the bar; nothing off a terminal, as with the bar.
+
+    `losses` are those of a block that learned, before and after.
+    """
     if stderr.is_terminal:
         ratio = error / error_rtn if error_rtn else 1.0
+        learned = ""
+        if losses is not None:
+            learned = f"loss {losses[0]:.2e} before it learned, {losses[1]:.2e} after, "
         stderr.print(
             f"{escape(name)}: output error {error_rtn:.2e} rounded, {error:.2e} now "
-            f"([bold]{ratio:.2f}[/bold]), {folds} folds, {seconds:.1f} s, {size(memory)}"
+            f"([bold]{ratio:.2f}[/bold]), {learned}{folds} folds, {seconds:.1f} s, {size(memory)}"
         )
 
 

@@ -186,6 +186,9 @@ def quantize(
                 block.folds,
                 block.seconds,
                 block.peak_vram_bytes or block.peak_rss_bytes,
+                None
+                if block.loss_start is None or block.loss is None
+                else (block.loss_start, block.loss),
             ),
             on_warning=show_warning,
         )

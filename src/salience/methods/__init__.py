@@ -1,13 +1,16 @@
 """Quantization methods, one file each. Adding one is a file and its name in `METHODS`.
 
 A method is three functions (see `base`), so that they combine: GPTQ's codes go with AWQ's clipped
-grids, and with its scales too, which is the effort "balanced".
+grids, and with its scales too, which is the effort "balanced". On top of that the effort "best"
+moves the codes of a whole block by gradient.
 """
+
+from dataclasses import replace
 
 from salience.errors import SalienceError
 from salience.grid import Grid
 from salience.methods.awq import search_grids, search_scales
-from salience.methods.base import FoldScale, Method, Problem, full_grids
+from salience.methods.base import FoldScale, Method, Problem, Tuning, full_grids
 from salience.methods.gptq import compensate, compensate_in_order, in_order
 from salience.methods.nf4 import NF4
 from salience.methods.rtn import RTN
@@ -32,13 +35,21 @@ GPTQ_G_IDX = Method(
     act_order=True,
 )
 
+# The same scales and start, then the codes of each block learned.
+AWQ_TUNED = replace(AWQ_GPTQ, name="awq+gptq+tuned", learns=Tuning())
+
 METHODS: tuple[Method, ...] = (AWQ, GPTQ, RTN, NF4)
 # What each effort makes of a method.
-EFFORTS = {"fast": {m.name: m for m in METHODS}, "balanced": {"awq": AWQ_GPTQ}}
+EFFORTS = {
+    "fast": {m.name: m for m in METHODS},
+    "balanced": {"awq": AWQ_GPTQ},
+    "best": {"awq": AWQ_TUNED},
+}
 
 __all__ = [
     "AWQ",
     "AWQ_GPTQ",
+    "AWQ_TUNED",
     "EFFORTS",
     "GPTQ",
     "GPTQ_G_IDX",
@@ -48,6 +59,7 @@ __all__ = [
     "FoldScale",
     "Method",
     "Problem",
+    "Tuning",
     "check_method",
     "default_format",
     "default_scheme",

@@ -75,6 +75,38 @@ def nearest(problem: Problem, grids: Grid) -> list[QTensor]:
 
 
 @dataclass(frozen=True, slots=True)
+class Tuning:
+    """How a block learns.
+
+    Args:
+        iterations: steps of the gradient, at most.
+        batch_tokens: of a micro-batch, as many whole sequences as that makes.
+        rounding_rate: Adam's, of the offsets, in steps of the grid; it falls to 0 linearly.
+        range_rate: likewise of the factors of lo and hi.
+        bound: of the offsets' magnitude.
+        held_out: share of the micro-batches that is never trained on; one at least.
+        check_every: iterations between two measurements on those.
+        patience: measurements in a row without a better one that end it.
+        seed: of the order of the micro-batches.
+    """
+
+    iterations: int = 200
+    batch_tokens: int = 4096
+    rounding_rate: float = 0.003
+    range_rate: float = 5e-4
+    bound: float = 1.0
+    held_out: float = 1 / 16
+    check_every: int = 20
+    patience: int = 4
+    seed: int = 0
+
+    def split(self, count: int) -> tuple[range, range]:
+        """The micro-batches to train on, and those held out, of `count`; at least one each."""
+        held = min(count - 1, max(1, round(self.held_out * count)))
+        return range(count - held), range(count - held, count)
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """A method by its parts.
 
@@ -90,6 +122,7 @@ class Method:
         trusted: whether its result stays even where plain rounding would be better, because its
             grids were chosen with moments that are not at hand.
         act_order: whether it forms groups in activation order, which the checkpoint must store.
+        learns: how the codes of a block are then moved by gradient (`methods.tuned`), if they are.
     """
 
     name: str
@@ -100,6 +133,7 @@ class Method:
     reads_moments_to_code: bool = False
     trusted: bool = False
     act_order: bool = False
+    learns: Tuning | None = None
 
     @property
     def folds(self) -> bool:
