@@ -10,7 +10,7 @@ sum of floats in another order is another sum.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from salience.errors import SalienceError
 
@@ -424,6 +425,41 @@ def run_tail(
             vars(block).pop("forward", None)
     for name, x in seen:
         update(name, x)
+
+
+def logits_of(
+    model: nn.Module, blocks: nn.ModuleList, hidden: Tensor, parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """The logits that a model makes of what leaves its last block; gradients flow back.
+
+    Args:
+        model: with the weights of what is in no block.
+        blocks: its blocks, which are not run.
+        hidden: [batch, seqlen, ..., hidden].
+        parameters: used in place of the model's own, by name.
+
+    Returns:
+        Of the dtype of `hidden`, [batch, seqlen, vocabulary].
+
+    Raises:
+        SalienceError: a model whose logits are not made of the last block's output alone.
+    """
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    named = {"input_ids": tokens, "use_cache": False}
+    try:
+        # What a model takes from its blocks differs; see `record_inputs`.
+        for items in (1, 2, 3):
+            for block in blocks:
+                block.forward = partial(_return, _returned(items, hidden))
+            with suppress(_UnpackedError), _unpacking():
+                out = functional_call(model, dict(parameters), (), named, tie_weights=False)
+                logits = _plain(out.logits)
+                if logits.shape[:2] == hidden.shape[:2]:
+                    return logits.to(hidden.dtype)
+    finally:
+        for block in blocks:
+            vars(block).pop("forward", None)
+    raise _refusal(model, "makes its logits of more than the last hidden states")
 
 
 def _return(output: Any, *_args: object, **_kwargs: object) -> Any:

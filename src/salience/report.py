@@ -70,7 +70,9 @@ class BlockReport:
 class Report:
     """The whole run: what went in, what was found in each linear, what it cost.
 
-    `serving` is what vLLM and SGLang would mind of it (`salience.serving.Finding`).
+    `serving` is what vLLM and SGLang would mind of it (`salience.serving.Finding`). `end_to_end` is
+    what tuning the whole model did (`salience.end_to_end`), after which the errors of the linears
+    were not measured again; None where it was not asked for.
     """
 
     model: str
@@ -93,6 +95,7 @@ class Report:
     kept_modules: list[str] = field(default_factory=list)
     serving: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
+    end_to_end: dict[str, Any] | None = None
     blocks: list[BlockReport] = field(default_factory=list)
     linears: list[LinearReport] = field(default_factory=list)
 

@@ -17,6 +17,7 @@ class MethodName(str, Enum):
 class EffortName(str, Enum):
     fast = "fast"
     balanced = "balanced"
+    best = "best"
 
 
 class FormatName(str, Enum):
@@ -58,7 +59,10 @@ MethodOption = Annotated[
 ]
 EffortOption = Annotated[
     EffortName | None,
-    typer.Option("--effort", help="fast: AWQ (default); balanced: AWQ, then GPTQ's codes."),
+    typer.Option(
+        "--effort",
+        help="fast: AWQ (default); balanced: AWQ, then GPTQ's codes; best: balanced, then tuned.",
+    ),
 ]
 ActOrderOption = Annotated[
     bool,

@@ -4,10 +4,12 @@ A method is three functions (see `base`), so that they combine: GPTQ's codes go 
 grids, and with its scales too, which is the effort "balanced".
 """
 
+from dataclasses import replace
+
 from salience.errors import SalienceError
 from salience.grid import Grid
 from salience.methods.awq import search_grids, search_scales
-from salience.methods.base import FoldScale, Method, Problem, full_grids
+from salience.methods.base import EndToEnd, FoldScale, Method, Problem, full_grids
 from salience.methods.gptq import compensate, compensate_in_order, in_order
 from salience.methods.nf4 import NF4
 from salience.methods.rtn import RTN
@@ -16,6 +18,7 @@ from salience.scheme import Scheme
 AWQ = Method("awq", search_scales, search_grids)
 GPTQ = Method("gptq", grids=search_grids, codes=compensate, reads_moments_to_code=True)
 AWQ_GPTQ = Method("awq+gptq", search_scales, search_grids, compensate, reads_moments_to_code=True)
+BEST = replace(AWQ_GPTQ, name="best", end_to_end=EndToEnd())
 
 
 def _grids_in_order(problem: Problem) -> Grid:
@@ -34,17 +37,23 @@ GPTQ_G_IDX = Method(
 
 METHODS: tuple[Method, ...] = (AWQ, GPTQ, RTN, NF4)
 # What each effort makes of a method.
-EFFORTS = {"fast": {m.name: m for m in METHODS}, "balanced": {"awq": AWQ_GPTQ}}
+EFFORTS = {
+    "fast": {m.name: m for m in METHODS},
+    "balanced": {"awq": AWQ_GPTQ},
+    "best": {"awq": BEST},
+}
 
 __all__ = [
     "AWQ",
     "AWQ_GPTQ",
+    "BEST",
     "EFFORTS",
     "GPTQ",
     "GPTQ_G_IDX",
     "METHODS",
     "NF4",
     "RTN",
+    "EndToEnd",
     "FoldScale",
     "Method",
     "Problem",

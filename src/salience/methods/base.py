@@ -75,6 +75,29 @@ def nearest(problem: Problem, grids: Grid) -> list[QTensor]:
 
 
 @dataclass(frozen=True, slots=True)
+class EndToEnd:
+    """How scales and norms are tuned when all blocks have their codes; see `salience.end_to_end`.
+
+    Args:
+        passes: over the calibration text.
+        tokens: of a step, at most.
+        steps: of a pass, at least: a short text is cut into smaller steps.
+        rate: the first step of a scale, relative to it; it falls to 0 along a cosine.
+        float_rate: the same of what is stored float: norms and biases.
+        held_out: one of so many steps of the text is never trained on.
+        seed: of the order of the steps.
+    """
+
+    passes: int = 4
+    tokens: int = 4096
+    steps: int = 16
+    rate: float = 1e-3
+    float_rate: float = 1e-3
+    held_out: int = 16
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """A method by its parts.
 
@@ -90,6 +113,7 @@ class Method:
         trusted: whether its result stays even where plain rounding would be better, because its
             grids were chosen with moments that are not at hand.
         act_order: whether it forms groups in activation order, which the checkpoint must store.
+        end_to_end: how the whole model is tuned after its blocks; None for not at all.
     """
 
     name: str
@@ -100,6 +124,7 @@ class Method:
     reads_moments_to_code: bool = False
     trusted: bool = False
     act_order: bool = False
+    end_to_end: EndToEnd | None = None
 
     @property
     def folds(self) -> bool:

@@ -1,0 +1,422 @@
+"""The last step of `--effort best`: scales, norms and biases tuned for the model as a whole.
+
+Codes are chosen block by block, and what is left of their errors adds up over the blocks in ways
+that no block sees. Here the quantized model is a student of the float one: over the calibration
+text, the divergence of its next-token distributions from the teacher's (`salience.distillation`) is
+brought down by Adam, by moving what is stored in floating point (`salience.student`). Codes and
+zeros stay, so the checkpoint has the same size and layout, and every runtime loads it.
+
+    teacher   one pass over the float blocks; the hidden states that leave the last one are kept
+    step      forward     block after block, keeping what enters each (activation checkpointing)
+              loss        logits a piece at a time, turned into gradients
+              backward    from the last block to the first, each run once more, for its gradients
+              Adam        on the whole vector of relative changes; the rate falls along a cosine
+
+Memory is one block of float weights and its activations, the inputs of all blocks for one
+micro-batch, four numbers for each scale, and the teacher's hidden states, on the device or on the
+disk. Time is that of three to four forward passes a pass over the text.
+
+One step in sixteen is never trained on. The divergence there is measured at the start and after
+each pass; the best of these is what is written, and where the start is best it stays, byte for
+byte. The state goes to the journal now and then, and steps come in an order that the seed decides,
+so a run that was killed goes on to the same bytes (on a CPU; a GPU's sums have no fixed order).
+"""
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salience.calibration import micro_batch, record_inputs, run_block
+from salience.checkpoint import SafetensorsCheckpoint
+from salience.distillation import Tails
+from salience.engine import embeddings_loaded
+from salience.errors import DoesNotFitError
+from salience.formats import Dense
+from salience.job import Job
+from salience.journal import Journal
+from salience.loading import set_tensor
+from salience.machine import fast_matmul, release_memory
+from salience.methods import EndToEnd
+from salience.student import FURTHEST, Student, moved_float, moved_leaf
+from salience.writer import disk_errors, to_dtype
+
+SAVE_SECONDS = 60.0
+_MEAN, _SQUARE, _EPSILON = 0.9, 0.99, 1e-12
+
+
+def tune(job: Job, journal: Journal, tokens: Tensor | None, on_disk: bool) -> str | None:
+    """Tune a model whose blocks are all in the journal; what changes goes there, too.
+
+    Args:
+        job: how they were made.
+        journal: where they are.
+        tokens: calibration token ids [samples, seqlen].
+        on_disk: keep the teacher's hidden states on the disk, and codes nowhere else.
+
+    Returns:
+        Why nothing was tuned, if nothing can be.
+
+    Raises:
+        DoesNotFitError: out of memory.
+        StorageError: the disk is full or not writable.
+    """
+    settings = job.method.end_to_end
+    if settings is None or tokens is None or isinstance(job.fmt, Dense):
+        return None
+    if journal.tuning() is None:
+        try:
+            with torch.no_grad(), fast_matmul():
+                record = _tune(job, journal, tokens, settings, on_disk)
+        except torch.OutOfMemoryError as error:
+            raise DoesNotFitError(
+                f"{job.device} is out of memory ({str(error).split('. ')[0]}); give a --max-memory "
+                "that is really free, a shorter --seqlen, or --effort balanced"
+            ) from None
+        journal.save_tuning(record)
+    done = journal.tuning() or {}
+    reason = done.get("skipped")
+    return None if reason is None else f"{job.source.name} is not tuned end to end: {reason}"
+
+
+def _tune(
+    job: Job, journal: Journal, tokens: Tensor, settings: EndToEnd, on_disk: bool
+) -> dict[str, Any]:
+    size = step_samples(*tokens.shape, settings)
+    if size == len(tokens):
+        return {"skipped": "a text of one sequence leaves none to hold out"}
+    with ExitStack() as stack:
+        stack.enter_context(embeddings_loaded(job, head=True))
+        with job.phase("teacher"):
+            targets = head_inputs(job, tokens, journal.teacher_file if on_disk else None)
+        if targets is None:
+            return {"skipped": "its blocks leave something for later ones"}
+        with job.phase("end to end"):
+            count = len(job.blocks) + bool(job.outside)
+            files = [journal.block_file(index) for index in range(count)]
+            student = Student(job, SafetensorsCheckpoint(journal.folder, files), not on_disk)
+            trainer = Trainer(job, student, tokens, targets, settings)
+            state = journal.load_state()
+            if state is not None:
+                trainer.restore(*state)
+            _run(trainer, job, journal)
+            _write(trainer, job, journal)
+            release_memory()
+            return trainer.record()
+
+
+def _run(trainer: "Trainer", job: Job, journal: Journal) -> None:
+    saved = time.monotonic()
+    said = ""
+    while trainer.step < trainer.total:
+        job.progress(f"end to end{said}", trainer.step, trainer.total)
+        kl = trainer.advance()
+        if not math.isfinite(kl):
+            break
+        said = f", KL {kl:.4f}"
+        if time.monotonic() - saved > SAVE_SECONDS:
+            journal.save_state(*trainer.state())
+            saved = time.monotonic()
+    trainer.finish()
+    job.progress(f"end to end{said}", trainer.total, trainer.total)
+
+
+def _write(trainer: "Trainer", job: Job, journal: Journal) -> None:
+    best, student = trainer.best, trainer.student
+    for index in range(len(job.blocks)):
+        journal.save_tuned(index, student.tensors(index, best[student.part(index)]))
+    journal.save_tuned(len(job.blocks), trainer.outside(best))
+
+
+def step_samples(samples: int, seqlen: int, settings: EndToEnd) -> int:
+    """Sequences of a step: the most that divide the samples, within what the settings say."""
+    most = min(settings.tokens // seqlen, samples // settings.steps)
+    return max(n for n in range(1, max(1, most) + 1) if samples % n == 0)
+
+
+def head_inputs(job: Job, tokens: Tensor, file: Path | None) -> Tensor | None:
+    """What leaves the last block of the float model, fp32 [samples, seqlen, ..., hidden].
+
+    Args:
+        job: with the weights of what is in no block.
+        tokens: [samples, seqlen].
+        file: where they are kept; None for the device.
+
+    Returns:
+        None of a model that has blocks leave something for later ones.
+    """
+    samples, seqlen = tokens.shape
+    batch = micro_batch(samples, seqlen, job.device)
+    made: list[Tensor] = []
+
+    def keep(part: int, hidden: Tensor) -> None:
+        if not made:
+            shape = (samples, seqlen, *hidden.shape[2:])
+            made.append(_mapped(file, shape) if file else torch.empty(shape, device=job.device))
+        made[0][part * batch : (part + 1) * batch] = hidden
+
+    arguments = record_inputs(job.skeleton, job.blocks, tokens, batch, job.device, keep)
+    if arguments.stateful:
+        return None
+    for index in range(len(job.blocks)):
+        job.progress("teacher", index, len(job.blocks))
+        with job.loaded(index) as block:
+            for part, states in enumerate(made[0].split(batch)):
+                states[:] = run_block(block, states.to(job.device), arguments.of(index, part))
+    return made[0]
+
+
+def _mapped(file: Path, shape: tuple[int, ...]) -> Tensor:
+    """A tensor whose memory is a file's, for the operating system to give and take."""
+    count = math.prod(shape)
+    with disk_errors(file):
+        with file.open("wb") as stream:
+            # Filled now: on a full disk, writing to a hole would end the process.
+            for start in range(0, 4 * count, 2**24):
+                stream.write(bytes(min(2**24, 4 * count - start)))
+        return torch.from_file(str(file), shared=True, size=count).view(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outside:
+    """A norm or bias after the blocks: its name, as it is stored, and where its numbers are."""
+
+    name: str
+    stored: Tensor
+    place: slice
+
+
+class Trainer:
+    """Adam on the numbers of a student, a micro-batch at a time.
+
+    Args:
+        job: with the teacher's weights of what is in no block; they become the student's.
+        student: its blocks.
+        tokens: [samples, seqlen].
+        targets: what leaves the teacher's last block.
+        settings: how.
+        dtype: to compute in.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        student: Student,
+        tokens: Tensor,
+        targets: Tensor,
+        settings: EndToEnd,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.student = student
+        self._job, self._settings, self._dtype = job, settings, dtype
+        size = step_samples(*tokens.shape, settings)
+        self._tokens, self._targets = tokens.split(size), targets.split(size)
+        parts = len(self._tokens)
+        held = max(1, parts // settings.held_out)
+        self._trained, self._held = range(parts - held), range(parts - held, parts)
+        self.total = settings.passes * len(self._trained)
+        self._tails = self._make_tails()
+        self._outside = self._find_outside()
+        count = self._outside[-1].place.stop if self._outside else student.count
+        self.moved, self.mean, self.square = torch.zeros(3, count, dtype=dtype, device=job.device)
+        self.best = torch.zeros_like(self.moved)
+        self._rates = self._make_rates(count)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._sum = 0.0
+
+    def _make_tails(self) -> Tails:
+        """Put what the student has of its own in no block into the model."""
+        model, job = self._job.skeleton, self._job
+        teacher: dict[str, Tensor] = {}
+        for name in job.outside:
+            full = f"{name}.weight"
+            teacher[full] = model.get_submodule(name).weight
+        for full in teacher:
+            weight = self.student.linear(full.removesuffix(".weight")).dequantize()
+            set_tensor(model, full, weight)
+        for name in job.parted_heads():
+            teacher.setdefault(f"{name}.weight", model.get_submodule(name).weight)
+        return Tails(model, job.blocks, teacher)
+
+    def _find_outside(self) -> list[_Outside]:
+        """The norms and biases in no block that the logits depend on."""
+        job = self._job
+        stored = {
+            name: to_dtype(parameter, name, job.dtype)
+            for name, parameter in job.skeleton.named_parameters()
+            if parameter.ndim == 1 and not name.startswith(f"{job.prefix}.")
+        }
+        piece = self._targets[0][:1, :2].to(job.device, self._dtype)
+        leaves = {name: value.to(self._dtype).requires_grad_() for name, value in stored.items()}
+        _, _, found = self._tails.gradients(piece, piece, leaves, 1.0)
+        outside, start = [], self.student.count
+        for (name, value), gradient in zip(stored.items(), found, strict=True):
+            if gradient is not None:
+                outside.append(_Outside(name, value, slice(start, start + value.numel())))
+                start += value.numel()
+        return outside
+
+    def _make_rates(self, count: int) -> Tensor:
+        rates = torch.full((count,), self._settings.float_rate, device=self._job.device)
+        for index, slots in enumerate(self.student.slots):
+            scales = sum(slot.shape.numel() for slot in slots if slot.codes)  # they come first
+            start = self.student.part(index).start
+            rates[start : start + scales] = self._settings.rate
+        return rates.to(self._dtype)
+
+    def advance(self) -> float:
+        """One step, and a measurement where a pass begins or ends; the mean divergence of it."""
+        if not self.history:
+            self._measure(self.moved)
+        number, at = divmod(self.step, len(self._trained))
+        generator = torch.Generator().manual_seed(self._settings.seed + 2**16 * number)
+        part = int(torch.randperm(len(self._trained), generator=generator)[at])
+        kl, gradient = self.gradient(self._trained[part])
+        if not math.isfinite(kl):
+            return kl
+        self.step += 1
+        self._adam(gradient)
+        self._sum += kl
+        if at == len(self._trained) - 1:
+            self._measure(self.moved)
+        return kl
+
+    def _adam(self, gradient: Tensor) -> None:
+        self.mean.lerp_(gradient, 1 - _MEAN)
+        self.square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
+        done = (self.step - 1) / self.total
+        rate = 0.5 * (1 + math.cos(math.pi * done)) / (1 - _MEAN**self.step)
+        spread = (self.square / (1 - _SQUARE**self.step)).sqrt_().add_(_EPSILON)
+        self.moved.addcdiv_(self.mean * self._rates, spread, value=-rate)
+        self.moved.clamp_(-FURTHEST, FURTHEST)
+
+    def gradient(self, part: int) -> tuple[float, Tensor]:
+        """The mean divergence of a micro-batch, and its gradient [count]."""
+        student, gradient = self.student, torch.zeros_like(self.moved)
+        hidden, inputs, arguments = self._forward(part, self.moved)
+        leaves = {
+            each.name: self._value(each, self.moved).detach().requires_grad_()
+            for each in self._outside
+        }
+        tokens = self._tokens[part].numel()
+        target = self._target(part)
+        total, back, found = self._tails.gradients(hidden, target, leaves, 1 / tokens)
+        for each, own in zip(self._outside, found, strict=True):
+            if own is not None:
+                gradient[each.place] = own * each.stored.to(self._dtype).abs()
+        for index in reversed(range(len(inputs))):
+            place = student.part(index)
+            args = arguments.of(index, 0)
+            back, own = student.backward(index, self.moved[place], inputs.pop(), args, back)
+            gradient[place] = own
+        return total.item() / tokens, gradient
+
+    def _forward(self, part: int, moved: Tensor) -> tuple[Tensor, list[Tensor], Any]:
+        """What leaves the last block, what enters each, and what else they are called with."""
+        job, student = self._job, self.student
+        states: list[Tensor] = []
+        tokens = self._tokens[part]
+        arguments = record_inputs(
+            job.skeleton,
+            job.blocks,
+            tokens,
+            len(tokens),
+            job.device,
+            lambda _, hidden: states.append(hidden.to(self._dtype)),
+        )
+        for index in range(len(job.blocks)):
+            args = arguments.of(index, 0)
+            states.append(student.run(index, moved[student.part(index)], states[-1], args))
+        return states.pop(), states, arguments
+
+    def _target(self, part: int) -> Tensor:
+        return self._targets[part].to(self._job.device, self._dtype)
+
+    def _value(self, each: _Outside, moved: Tensor) -> Tensor:
+        return moved_leaf(each.stored, moved[each.place], self._dtype)
+
+    def divergence(self, parts: range, moved: Tensor) -> float:
+        """The mean over the tokens of some micro-batches."""
+        total = 0.0
+        values = {each.name: self._value(each, moved) for each in self._outside}
+        for part in parts:
+            hidden = self._forward(part, moved)[0]
+            total += self._tails.divergence(hidden, self._target(part), values).item()
+        return total / sum(self._tokens[part].numel() for part in parts)
+
+    def _measure(self, moved: Tensor) -> None:
+        """Note the divergence on held-out tokens, and keep the numbers if they are the best."""
+        found = self.divergence(self._held, moved)
+        least = min((each["held_out"] for each in self.history), default=math.inf)
+        if found < least:
+            self.best.copy_(moved)
+        noted: dict[str, float] = {"step": self.step, "held_out": found}
+        if self.history:
+            noted["trained"] = self._sum / len(self._trained)
+        else:
+            noted["sample"] = self.divergence(self._sample, moved)
+        self.history.append(noted)
+        self._sum = 0.0
+
+    @property
+    def _sample(self) -> range:
+        """As many of the micro-batches that are trained on as are held out."""
+        return self._trained[: len(self._held)]
+
+    def finish(self) -> None:
+        """All steps are done, or no more can be."""
+        if not self.history:  # the very first was not finite
+            self._measure(self.moved)
+        last = self.history[-1]
+        if "after" not in last:
+            last["after"] = self.divergence(self._sample, self.best)
+
+    def outside(self, moved: Tensor) -> dict[str, Tensor]:
+        """What changes in no block, by the model's names."""
+        made = {
+            each.name: moved_float(each.stored, moved[each.place], self._dtype)
+            for each in self._outside
+        }
+        return {
+            each.name: made[each.name]
+            for each in self._outside
+            if not torch.equal(made[each.name], each.stored)
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the rest of the steps depends on."""
+        tensors = {name: getattr(self, name) for name in ("moved", "mean", "square", "best")}
+        return tensors, {"step": self.step, "history": self.history, "sum": self._sum}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        for name in ("moved", "mean", "square", "best"):
+            getattr(self, name).copy_(tensors[name])
+        self.step, self._sum = values["step"], values["sum"]
+        self.history = list(values["history"])
+
+    def record(self) -> dict[str, Any]:
+        """What the report says of it."""
+        first, last = self.history[0], self.history[-1]
+        least = min(self.history, key=lambda each: each["held_out"])
+        each = self._tokens[0].numel()
+        return {
+            "numbers": len(self.moved),
+            "steps": self.step,
+            "step_tokens": each,
+            "trained_tokens": each * len(self._trained),
+            "held_out_tokens": each * len(self._held),
+            "held_out_before": first["held_out"],
+            "held_out_after": least["held_out"],
+            "trained_before": first["sample"],
+            "trained_after": last["after"],
+            "kept_start": least["step"] == 0,
+            "history": self.history,
+        }
