@@ -144,7 +144,7 @@ class Workshop:
                 tear: cut the file that this change is about in half.
                 fail_at: number of the change from which on all writes fail, as on a full disk.
                 on_disk: keep hidden states on the disk.
-                save_seconds: between copies of hidden states that are in memory.
+                save_seconds: between copies of hidden states, or of what is tuned, in memory.
                 shard_bytes: of a shard of the checkpoint.
                 file_bytes: most that a file can be; writing more fails.
                 stdin: text that is piped in.
@@ -207,7 +207,7 @@ def _serve() -> None:
 
 
 def _child(request: dict[str, Any], scratch: list[int]) -> None:
-    from salience import hidden, pipeline, writer
+    from salience import end_to_end, hidden, pipeline, writer
     from salience.cli import main
     from salience.plan import Budget
 
@@ -225,6 +225,7 @@ def _child(request: dict[str, Any], scratch: list[int]) -> None:
     if "no_disk_check" in request:
         pipeline.check_disk = lambda *_: None
     hidden.SAVE_SECONDS = request.get("save_seconds", hidden.SAVE_SECONDS)
+    end_to_end.SAVE_SECONDS = request.get("save_seconds", end_to_end.SAVE_SECONDS)
     if "shard_bytes" in request:
         writer.ShardWriter.__init__.__defaults__ = (request["shard_bytes"],)
     if "file_bytes" in request:

@@ -88,7 +88,7 @@ def tune(job: Job, journal: Journal, tokens: Tensor | None, on_disk: bool) -> st
 def _tune(
     job: Job, journal: Journal, tokens: Tensor, settings: EndToEnd, on_disk: bool
 ) -> dict[str, Any]:
-    size = step_samples(*tokens.shape, settings)
+    size = settings.step_samples(*tokens.shape)
     if size == len(tokens):
         return {"skipped": "a text of one sequence leaves none to hold out"}
     with ExitStack() as stack:
@@ -132,12 +132,6 @@ def _write(trainer: "Trainer", job: Job, journal: Journal) -> None:
     for index in range(len(job.blocks)):
         journal.save_tuned(index, student.tensors(index, best[student.part(index)]))
     journal.save_tuned(len(job.blocks), trainer.outside(best))
-
-
-def step_samples(samples: int, seqlen: int, settings: EndToEnd) -> int:
-    """Sequences of a step: the most that divide the samples, within what the settings say."""
-    most = min(settings.tokens // seqlen, samples // settings.steps)
-    return max(n for n in range(1, max(1, most) + 1) if samples % n == 0)
 
 
 def head_inputs(job: Job, tokens: Tensor, file: Path | None) -> Tensor | None:
@@ -215,7 +209,7 @@ class Trainer:
     ) -> None:
         self.student = student
         self._job, self._settings, self._dtype = job, settings, dtype
-        size = step_samples(*tokens.shape, settings)
+        size = settings.step_samples(*tokens.shape)
         self._tokens, self._targets = tokens.split(size), targets.split(size)
         parts = len(self._tokens)
         held = max(1, parts // settings.held_out)

@@ -433,6 +433,8 @@ def embeddings_loaded(job: Job, head: bool = False) -> Iterator[None]:
     ]
     for name in wanted:
         set_tensor(model, name, job.float_tensor(name))
+    if head:
+        model.tie_weights()
     _move_buffers(model, job.device)
     try:
         yield

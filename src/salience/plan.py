@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from salience.calibration import Calibration, micro_batch
 from salience.checkpoint import Checkpoint
+from salience.distillation import LOGITS
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import Dense, Format, stored_config
@@ -28,7 +29,7 @@ from salience.machine import (
     matmul_flops,
     peak_rss_bytes,
 )
-from salience.methods import Method, Problem
+from salience.methods import EndToEnd, Method, Problem
 from salience.methods.awq import EXPONENTS, SCALE_ROWS, TILE_CANDIDATES
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
@@ -39,6 +40,10 @@ _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
 _TRIAL_COLUMNS = 256  # of the search that is timed: so few that products with H cost little
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
 _READ_BYTES_PER_SECOND = 2e9
+_LOGITS_HELD = 6  # tensors as large as `LOGITS` while their gradient is made
+_VECTORS = 8  # as long as what is tuned: numbers, gradient, Adam's two, the best, rates, two more
+_BLOCK_SECONDS = 5e-3  # of a step: starting the kernels of a block, three times
+_WEIGHT_SECONDS = {"cpu": 2e-8, "cuda": 1e-11}  # of a step: making a weight of its code, and back
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +177,10 @@ def choose_budget(
         )
     on_disk = needs[0] > cap
     need = needs[on_disk]
-    return Budget(on_disk, need > _CLOSE * cap, 2 * _hidden_bytes(model, calibration))
+    temporary = 2 * _hidden_bytes(model, calibration)
+    if method.end_to_end is not None:
+        temporary += _hidden_bytes(model, calibration) + 4 * _VECTORS * _numbers(model, schemes)
+    return Budget(on_disk, need > _CLOSE * cap, temporary)
 
 
 def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
@@ -283,13 +291,62 @@ def device_memory(
     moments = held * sum(columns**2 for _, columns in groups)
     first = held * batch * embedding.shape[1]
     live = batch * _live_floats(largest)
+    whole = {}
+    if method.end_to_end is not None:
+        largest_weights = weights // held
+        whole = {
+            "teacher": 4 * (hidden + outside + largest_weights + live),
+            "end to end": 4 * (hidden + outside + 2 * largest_weights)
+            + _end_to_end_bytes(model, schemes, calibration, method.end_to_end, device, on_disk),
+        }
     return {
         "embeddings": 4 * (hidden + outside + 2 * batch * embedding.shape[1]),
         "statistics": 4 * (hidden + weights + moments + first + live),
         "folds": 4 * (hidden + 2 * weights + moments + first + live),
         "search": 4 * (hidden + weights + moments + first + held * solved),
         "write": 4 * embedding.numel(),
+        **whole,
     }
+
+
+def _end_to_end_bytes(
+    model: Any,
+    schemes: Mapping[str, Scheme],
+    calibration: Calibration,
+    settings: EndToEnd,
+    device: torch.device,
+    on_disk: bool,
+) -> int:
+    """What tuning the whole model takes beside weights and the teacher's hidden states."""
+    _, blocks = find_blocks(model)
+    largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+    width = model.get_input_embeddings().weight.shape[1]
+    samples, seqlen = calibration.samples, calibration.seqlen
+    tokens = settings.step_samples(samples, seqlen) * seqlen
+    inputs = (len(blocks) + 2) * tokens * width
+    live = tokens * _trained_floats(largest)
+    # A backward pass has the codes of one linear as floats.
+    codes = max(weight_of(linear).numel() for linear in linears(largest).values())
+    total = 4 * (inputs + live + codes + _LOGITS_HELD * LOGITS[device.type])
+    total += 4 * _VECTORS * _numbers(model, schemes)
+    if not on_disk:
+        total += sum(p.numel() for p in blocks.parameters())  # nearly all of them are codes
+    return total
+
+
+def _numbers(model: nn.Module, schemes: Mapping[str, Scheme]) -> int:
+    """How many scales, norms and biases a model has, or a few more."""
+    floats = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    shapes = _shapes(model, schemes)
+    return floats + sum(
+        rows * columns // schemes[name].group_columns(columns)
+        for name, (rows, columns) in shapes.items()
+    )
+
+
+def _trained_floats(block: nn.Module) -> int:
+    """Floats a token takes while a block runs and what its gradients need is kept."""
+    return sum(sum(_shape(linear)) for linear in linears(block).values())
 
 
 def _groups(block: nn.Module) -> list[tuple[int, int]]:
@@ -406,7 +463,34 @@ def _seconds(
                 exact += 3 * rows + 2 * columns
             search += 2 * columns**2 * (exact / flops + rough / fast)
     seconds["search"] = search
+    if calibration is not None and method.end_to_end is not None:
+        seconds["end to end"] = _end_to_end_seconds(
+            model, calibration, method.end_to_end, device, fast
+        )
     return seconds
+
+
+def _end_to_end_seconds(
+    model: Any,
+    calibration: Calibration,
+    settings: EndToEnd,
+    device: torch.device,
+    flops: float,
+) -> float:
+    """A forward pass of the teacher, then all steps and measurements."""
+    _, blocks = find_blocks(model)
+    samples, seqlen = calibration.samples, calibration.seqlen
+    tokens = samples * seqlen
+    weights = sum(p.numel() for p in blocks.parameters())
+    head = model.get_input_embeddings().weight.numel()
+    held = max(1 / settings.held_out, settings.step_samples(samples, seqlen) / samples)
+    # Blocks run twice and once backward, which is two; the head once, backward, and the teacher's.
+    step = 2 * tokens * (4 * weights + 3 * head) / flops
+    measured = 2 * tokens * held * (weights + 2 * head) / flops
+    steps = samples // settings.step_samples(samples, seqlen)
+    fixed = len(blocks) * _BLOCK_SECONDS + weights * _WEIGHT_SECONDS[device.type]
+    passes = settings.passes * (step * (1 - held) + measured + steps * fixed)
+    return 2 * tokens * weights / flops + 3 * measured + passes
 
 
 @dataclass(frozen=True, slots=True)

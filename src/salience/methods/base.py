@@ -96,6 +96,11 @@ class EndToEnd:
     held_out: int = 16
     seed: int = 0
 
+    def step_samples(self, samples: int, seqlen: int) -> int:
+        """Sequences of a step: the most that divide the samples, within the limits above."""
+        most = min(self.tokens // seqlen, samples // self.steps)
+        return max(n for n in range(1, max(1, most) + 1) if samples % n == 0)
+
 
 @dataclass(frozen=True, slots=True)
 class Method:
