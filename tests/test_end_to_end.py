@@ -1,8 +1,6 @@
 """Tuning a whole model: gradients against autograd, what is written, what stays as it was."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ from torch.nn import functional as F
 import salience
 from helpers_checkpoint import qtensors
 from salience import distillation, pipeline
-from salience.calibration import Calibration
+from salience.calibration import Calibration, logits_of
 from salience.checkpoint import SafetensorsCheckpoint
 from salience.end_to_end import Trainer, head_inputs
 from salience.engine import embeddings_loaded
@@ -28,10 +26,9 @@ from salience.prepare import prepare
 from salience.report import read_report
 from salience.student import Student
 from tiny_architectures import architecture
-from tiny_models import error, llama_config, make_model, random_tokens, save
+from tiny_models import error, llama_config, make_model, make_tokenizer, random_tokens, save
 
 SETTINGS = EndToEnd(passes=2, steps=8, held_out=8, rate=2e-3, float_rate=2e-3)
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +110,7 @@ def test_gradients_are_those_of_the_whole_model(
             logits = run_whole(job, whole | named, tokens[2:4])
             with torch.no_grad():
                 teacher = targets[2:4].double()
-                expected = run_tail(job, whole, teacher)
+                expected = run_tail(job, teacher)
             loss = F.kl_div(
                 torch.log_softmax(logits, -1),
                 torch.log_softmax(expected, -1),
@@ -146,9 +143,7 @@ def run_whole(job: Any, parameters: dict[str, Tensor], tokens: Tensor) -> Tensor
     return out.logits
 
 
-def run_tail(job: Any, parameters: dict[str, Tensor], hidden: Tensor) -> Tensor:
-    from salience.calibration import logits_of
-
+def run_tail(job: Any, hidden: Tensor) -> Tensor:
     return logits_of(job.skeleton, job.blocks, hidden, {})
 
 
@@ -198,8 +193,6 @@ def test_it_helps_and_says_by_how_much(
     assert record["held_out_after"] < 0.99 * record["held_out_before"]
     assert record["trained_after"] < 0.99 * record["trained_before"]
     teacher = salience.load(llama)
-    from tiny_models import make_tokenizer
-
     tokens = text.tokens(make_tokenizer())
     for folder, when in ((balanced, "before"), (tmp_path / "out", "after")):
         student = salience.load(folder, kernel="reference")
@@ -290,8 +283,6 @@ def test_gguf(llama: Path, text: Calibration, tmp_path: Path) -> None:
     record = read_report(tmp_path / "out").end_to_end
     assert record is not None and not record["kept_start"]
     student, teacher = salience.load(tmp_path / "out", kernel="reference"), salience.load(llama)
-    from tiny_models import make_tokenizer
-
     tokens = text.tokens(make_tokenizer())[-2:]
     found = divergences(student, teacher, tokens)
     assert found == pytest.approx(record["held_out_after"], rel=1e-2)  # its head is fp16
@@ -305,8 +296,6 @@ def test_coded_embeddings_and_head(text: Calibration, tmp_path: Path) -> None:
     record = read_report(tmp_path / "out").end_to_end
     assert record is not None and not record["kept_start"]
     student = salience.load(tmp_path / "out", kernel="reference")
-    from tiny_models import make_tokenizer
-
     tokens = text.tokens(make_tokenizer())[-2:]
     found = divergences(student, salience.load(source), tokens)
     assert found == pytest.approx(record["held_out_after"], rel=1e-2)  # its head is fp16
@@ -323,6 +312,18 @@ def test_a_text_of_one_sequence(llama: Path, text_file: Path, tmp_path: Path) ->
     assert read_report(tmp_path / "out").end_to_end == {
         "skipped": "a text of one sequence leaves none to hold out"
     }
+
+
+def test_blocks_that_leave_something(text: Calibration, tmp_path: Path) -> None:
+    """Later blocks of this one take keys from earlier ones."""
+    source = save(make_model(architecture("gemma4_text")), tmp_path / "in")
+    warnings: list[str] = []
+    for effort in ("balanced", "best"):
+        out = tmp_path / effort
+        made(source, out, text, effort=effort, scheme="w3g16", on_warning=warnings.append)
+    assert "is not tuned end to end: its blocks leave something" in warnings[-1]
+    one, other = (tmp_path / each / "model.safetensors" for each in ("balanced", "best"))
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_sequences_of_a_step() -> None:

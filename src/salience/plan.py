@@ -41,7 +41,7 @@ _TRIAL_COLUMNS = 256  # of the search that is timed: so few that products with H
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
 _READ_BYTES_PER_SECOND = 2e9
 _LOGITS_HELD = 6  # tensors as large as `LOGITS` while their gradient is made
-_VECTORS = 8  # as long as what is tuned: numbers, gradient, Adam's two, the best, rates, two more
+_VECTORS = 10  # as long as what is tuned: numbers, gradient, Adam's two, the best, rates, and steps
 _BLOCK_SECONDS = 5e-3  # of a step: starting the kernels of a block, three times
 _WEIGHT_SECONDS = {"cpu": 2e-8, "cuda": 1e-11}  # of a step: making a weight of its code, and back
 
@@ -296,7 +296,7 @@ def device_memory(
         largest_weights = weights // held
         whole = {
             "teacher": 4 * (hidden + outside + largest_weights + live),
-            "end to end": 4 * (hidden + outside + 2 * largest_weights)
+            "end to end": 4 * (hidden + outside + 4 * largest_weights)
             + _end_to_end_bytes(model, schemes, calibration, method.end_to_end, device, on_disk),
         }
     return {
@@ -320,14 +320,15 @@ def _end_to_end_bytes(
     """What tuning the whole model takes beside weights and the teacher's hidden states."""
     _, blocks = find_blocks(model)
     largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
-    width = model.get_input_embeddings().weight.shape[1]
+    vocabulary, width = model.get_input_embeddings().weight.shape
     samples, seqlen = calibration.samples, calibration.seqlen
     tokens = settings.step_samples(samples, seqlen) * seqlen
     inputs = (len(blocks) + 2) * tokens * width
     live = tokens * _trained_floats(largest)
     # A backward pass has the codes of one linear as floats.
     codes = max(weight_of(linear).numel() for linear in linears(largest).values())
-    total = 4 * (inputs + live + codes + _LOGITS_HELD * LOGITS[device.type])
+    logits = _LOGITS_HELD * min(tokens * vocabulary, LOGITS[device.type])
+    total = 4 * (inputs + live + codes + logits)
     total += 4 * _VECTORS * _numbers(model, schemes)
     if not on_disk:
         total += sum(p.numel() for p in blocks.parameters())  # nearly all of them are codes
@@ -346,7 +347,7 @@ def _numbers(model: nn.Module, schemes: Mapping[str, Scheme]) -> int:
 
 def _trained_floats(block: nn.Module) -> int:
     """Floats a token takes while a block runs and what its gradients need is kept."""
-    return sum(sum(_shape(linear)) for linear in linears(block).values())
+    return 2 * sum(sum(_shape(linear)) for linear in linears(block).values())
 
 
 def _groups(block: nn.Module) -> list[tuple[int, int]]:
