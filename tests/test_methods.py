@@ -37,8 +37,10 @@ def test_names() -> None:
 
 def test_efforts() -> None:
     assert get_method("awq", "balanced") is AWQ_GPTQ and get_method("awq") is AWQ
-    with pytest.raises(SalienceError, match="there is no effort 'best'; use fast or balanced"):
-        get_method("awq", "best")
+    with pytest.raises(SalienceError, match="no effort 'finest'; use fast or balanced or best"):
+        get_method("awq", "finest")
+    best = get_method("awq", "best")
+    assert best.end_to_end is not None and best.codes is AWQ_GPTQ.codes
     for name in ("gptq", "rtn", "nf4"):
         message = f"--effort balanced is for --method awq, not {name}"
         with pytest.raises(SalienceError, match=message):

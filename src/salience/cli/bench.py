@@ -196,7 +196,7 @@ def quantize(
     shape: ShapeOption = None,
     layers: LayersOption = None,
     method: Annotated[str | None, typer.Option("--method", help="awq, gptq, rtn or nf4.")] = None,
-    effort: Annotated[str | None, typer.Option("--effort", help="fast or balanced.")] = None,
+    effort: Annotated[str | None, typer.Option("--effort", help="fast, balanced or best.")] = None,
     scheme: Annotated[str | None, typer.Option("--scheme", help="Such as w4g128.")] = None,
     calibration: Annotated[
         str, typer.Option("--calibration", help='A file, a Hub dataset, or "pydoc".')

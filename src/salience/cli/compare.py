@@ -45,8 +45,8 @@ def compare(
         typer.Argument(
             metavar="REFERENCE MODEL...",
             help="Folders, .gguf files or Hub names; or recipes made on the fly: MODEL@w4g64:awq "
-            "(rtn, awq, gptq, fast, balanced), MODEL@nf4, or @awq for the reference with each "
-            "--scheme.",
+            "(rtn, awq, gptq, fast, balanced, best), MODEL@nf4, or @awq for the reference with "
+            "each --scheme.",
         ),
     ],
     out: Annotated[

@@ -6,7 +6,7 @@
     MODEL@awq, @awq      a method with each scheme of --scheme, of MODEL or of the reference
 
 Methods are those of `quantize`, and its efforts by their names: `fast` is AWQ's, `balanced` is
-AWQ's scales with GPTQ's codes.
+AWQ's scales with GPTQ's codes, `best` is that tuned as a whole.
 """
 
 from collections.abc import Sequence
