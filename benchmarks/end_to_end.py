@@ -25,13 +25,14 @@ from safetensors.torch import load_file, save_file
 import salience
 from salience.calibration import Calibration
 from salience.checkpoint import SafetensorsCheckpoint
-from salience.end_to_end import Trainer, head_inputs
+from salience.end_to_end import head_inputs
 from salience.engine import embeddings_loaded
 from salience.loading import read_tensor
 from salience.machine import describe, fast_matmul
 from salience.methods import EndToEnd
 from salience.prepare import prepare
 from salience.student import Student
+from salience.trainer import Trainer
 
 
 def main() -> None:

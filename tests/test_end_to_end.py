@@ -16,7 +16,7 @@ from helpers_checkpoint import qtensors
 from salience import distillation, pipeline
 from salience.calibration import Calibration, logits_of
 from salience.checkpoint import SafetensorsCheckpoint
-from salience.end_to_end import Trainer, head_inputs
+from salience.end_to_end import head_inputs
 from salience.engine import embeddings_loaded
 from salience.loading import set_tensor
 from salience.methods import BEST, EFFORTS, EndToEnd
@@ -25,6 +25,7 @@ from salience.plan import Budget
 from salience.prepare import prepare
 from salience.report import read_report
 from salience.student import Student
+from salience.trainer import Trainer
 from tiny_architectures import architecture
 from tiny_models import error, llama_config, make_model, make_tokenizer, random_tokens, save
 
