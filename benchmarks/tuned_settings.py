@@ -22,7 +22,7 @@ from rich.table import Table
 import salience
 from salience.evaluation.perplexity import perplexity
 from salience.machine import describe
-from salience.methods import AWQ_TUNED, EFFORTS, Tuning
+from salience.methods import BEST, EFFORTS, Tuning
 from salience.source import open_source
 
 
@@ -62,7 +62,7 @@ def main() -> None:
             range_rate=ranges,
             bound=bound,
         )
-        EFFORTS["best"] = {"awq": replace(AWQ_TUNED, learns=tuning)}
+        EFFORTS["best"] = {"awq": replace(BEST, learns=tuning, end_to_end=None)}
         with tempfile.TemporaryDirectory() as folder:
             report = salience.quantize(
                 args.model,

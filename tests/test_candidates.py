@@ -50,7 +50,7 @@ def test_models_of_one_folder_name_are_told_apart() -> None:
         (["A"], "at least one other MODEL"),
         (["@awq", "A"], "the first MODEL is the reference"),
         (["A@awq", "B"], "the first is the reference, one"),
-        (["A", "A@w4g64:better"], "there is no method 'better'; use awq or gptq or rtn or nf4"),
+        (["A", "A@w4g64:finest"], "no method 'finest'; use awq or gptq or rtn or nf4 or fast"),
         (["A", "A@w9g64"], "scheme 'w9g64' is not understood"),
         (["A", "A@w4g64:nf4"], "method nf4 makes no w4g64"),
         (["A", "A@nf4:awq"], "method awq makes no nf4"),

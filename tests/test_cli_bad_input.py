@@ -531,7 +531,7 @@ def test_efforts_and_methods(quantize: Run) -> None:
     assert "--format awq has no place for the groups of --act-order" in line
     assert "--method awq makes no nf4; use --method nf4" in quantize("--scheme", "nf4")
     assert "--method nf4 makes no w4g32; use --scheme nf4" in quantize("--method", "nf4")
-    assert "best" in quantize("--effort", "best")
+    assert "finest" in quantize("--effort", "finest")
     assert "magic" in quantize("--method", "magic")
     line = quantize("--method", "nf4", "--scheme", "nf4", "--format", "awq")
     assert "--format awq holds 4-bit codes, not nf4" in line and "--format bitsandbytes" in line

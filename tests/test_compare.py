@@ -245,7 +245,7 @@ def test_kept_checkpoints(small: Path, options: Options, here: list[str], tmp_pa
         (["--text", "nowhere.txt"], "text nowhere.txt does not exist"),
         (["--task-folder", "."], "name some with --tasks"),
         (["--scheme", "w4g48", "@rtn"], "group size 48 does not divide"),
-        (["@w4g64:best"], "there is no method 'best'"),
+        (["@w4g64:finest"], "there is no method 'finest'"),
         (["missing-folder/model"], "missing-folder"),
         (["-o", "no/such/report.html"], "the folder of no/such/report.html does not exist"),
     ],

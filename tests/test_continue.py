@@ -29,6 +29,7 @@ JOBS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
         ("--effort", "balanced", "--format", "compressed-tensors", "--rule", "lm_head=w8g32"),
         {"save_seconds": 0},
     ),
+    "best": ("llama", ("--effort", "best", "--samples", "3"), {"save_seconds": 0, "iterations": 4}),
 }
 
 
@@ -139,6 +140,27 @@ def test_one_kill(workshop: Workshop, whole: Any, place: Path, name: str) -> Non
     assert len(saved) == 2  # the last block's two files
 
 
+def test_kills_while_tuning(workshop: Workshop, whole: Any, place: Path) -> None:
+    """With no state yet, in the middle, among what was tuned, and before its record."""
+    first, run = whole["best"]
+    changes = [line for line in run.changes if not line.startswith("kept ")]
+
+    def renames(mark: str) -> list[int]:
+        return [
+            n for n, line in enumerate(changes, 1) if line.startswith("os.rename") and mark in line
+        ]
+
+    states, tuned, record = renames("tuning.saf"), renames("tuned-0"), renames("tuned.json")
+    assert len(states) == 2 * 4 and len(tuned) == 3 and len(record) == 1
+    points = (states[0], states[3] + 1, tuned[1], record[0], record[0] + 1)
+    for i, (n, left) in enumerate(zip(points, (8, 4, 0, 0, 0), strict=True)):
+        job = Job(workshop, place / f"tuning {i}", "best")
+        assert job.run(kill_at=n).status == -9
+        again = finish(job, first, changes[n - 1])
+        saved = [c for c in again.changes if c.startswith("os.rename") and "tuning.saf" in c]
+        assert len(saved) == left, changes[n - 1]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
@@ -149,6 +171,7 @@ def test_one_kill(workshop: Workshop, whole: Any, place: Path, name: str) -> Non
         ("shards", True, 5),
         ("on disk", False, 5),
         ("saved", False, 5),
+        ("best", False, 6),
     ],
 )
 def test_kill_at_every_change(

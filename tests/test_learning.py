@@ -14,7 +14,7 @@ from salience import engine, pipeline
 from salience.calibration import BlockArguments, Calibration, record_inputs, run_block
 from salience.errors import SalienceError
 from salience.learning import Pupil
-from salience.methods import AWQ_TUNED, EFFORTS, Tuning
+from salience.methods import BEST, EFFORTS, Tuning
 from salience.pipeline import Variant, quantize_all
 from salience.plan import Budget, make_plan
 from salience.prepare import prepare
@@ -32,7 +32,7 @@ KINDS = ("llama", "gemma2", "gpt2", "qwen3_moe")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A few iterations are enough to see that it works."""
-    monkeypatch.setitem(EFFORTS, "best", {"awq": replace(AWQ_TUNED, learns=QUICK)})
+    monkeypatch.setitem(EFFORTS, "best", {"awq": replace(BEST, learns=QUICK, end_to_end=None)})
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_it_is_closer_to_the_float_model(
 ) -> None:
     """Where there is text enough to learn from."""
     longer = replace(QUICK, iterations=40, batch_tokens=256, check_every=8)
-    monkeypatch.setitem(EFFORTS, "best", {"awq": replace(AWQ_TUNED, learns=longer)})
+    monkeypatch.setitem(EFFORTS, "best", {"awq": replace(BEST, learns=longer, end_to_end=None)})
     calibration = Calibration(str(text), samples=64, seqlen=64)
     tokens = random_tokens(4, 64, seed=5)
     errors = []

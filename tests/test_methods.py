@@ -12,7 +12,7 @@ from salience.errors import SalienceError
 from salience.methods import (
     AWQ,
     AWQ_GPTQ,
-    AWQ_TUNED,
+    BEST,
     EFFORTS,
     GPTQ,
     METHODS,
@@ -40,10 +40,11 @@ def test_names() -> None:
 
 def test_efforts() -> None:
     assert get_method("awq", "balanced") is AWQ_GPTQ and get_method("awq") is AWQ
-    assert get_method("awq", "best") is AWQ_TUNED
-    message = "there is no effort 'worst'; use fast or balanced or best"
-    with pytest.raises(SalienceError, match=message):
-        get_method("awq", "worst")
+    with pytest.raises(SalienceError, match="no effort 'finest'; use fast or balanced or best"):
+        get_method("awq", "finest")
+    best = get_method("awq", "best")
+    assert best.learns is not None and best.end_to_end is not None
+    assert best.codes is AWQ_GPTQ.codes
     for name in ("gptq", "rtn", "nf4"):
         for effort in ("balanced", "best"):
             message = f"--effort {effort} is for --method awq, not {name}"
@@ -60,8 +61,7 @@ def test_what_each_needs() -> None:
     assert coded == ["gptq", "awq+gptq"]
     assert not any(m.trusted for m in (*METHODS, AWQ_GPTQ))
     assert AWQ_GPTQ.scales is AWQ.scales and AWQ_GPTQ.codes is GPTQ.codes
-    assert AWQ_TUNED.learns is not None
-    start = replace(AWQ_TUNED, name=AWQ_GPTQ.name, learns=None)
+    start = replace(BEST, name=AWQ_GPTQ.name, learns=None, end_to_end=None)
     assert start == AWQ_GPTQ and not any(m.learns for m in (*METHODS, AWQ_GPTQ))
 
 

@@ -625,7 +625,7 @@ def test_gguf_source(llama: Path, calibration: Calibration, tmp_path: Path) -> N
 def test_bad_options(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for options, message in (
-        ({"effort": "best"}, "there is no effort 'best'"),
+        ({"effort": "finest"}, "there is no effort 'finest'"),
         ({"method": "magic"}, "there is no method 'magic'"),
         ({"method": "gptq", "effort": "balanced"}, "--effort balanced is for --method awq, not"),
         ({"act_order": True}, "--act-order is for --method gptq, not awq"),

@@ -17,7 +17,7 @@ from salience.calibration import Calibration
 from salience.cli.app import main
 from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import AutoAwq, Gguf
-from salience.methods import get_method
+from salience.methods import Method, get_method
 from salience.plan import Budget, Plan, checkpoint_bytes, choose_budget, device_memory, make_plan
 from salience.prepare import prepare
 from salience.recipe import Recipe
@@ -216,6 +216,44 @@ def test_memory_by_phase(llama: Path) -> None:
     awq = plan(llama, "w4g32", samples=64)
     assert awq.memory == memory("awq")
     assert awq.ram_bytes > 2**28 + max(awq.memory.values())
+
+
+def test_memory_of_tuning(llama: Path) -> None:
+    """What grows with the text goes to the disk, and codes with it."""
+    model = open_source(str(llama)).skeleton()
+    schemes = schemes_of(model, Recipe(Scheme(3, 32)))
+    best, tokens = get_method("awq", "best"), 64 * 128
+
+    def memory(on_disk: bool, samples: int = 64, seqlen: int = 128) -> int:
+        text = Calibration(samples=samples, seqlen=seqlen)
+        return device_memory(model, schemes, text, best, CPU, on_disk)["end to end"]
+
+    blocks = sum(p.numel() for p in model.model.layers.parameters())
+    hidden = 4 * tokens * 64
+    assert memory(False) - memory(True) == hidden + blocks
+    assert memory(True, samples=1024) == memory(True, samples=512)  # 4096 tokens a step at most
+    assert memory(True, samples=128, seqlen=256) > memory(True, samples=64, seqlen=128)
+    groups = sum(model.get_submodule(name).weight.numel() // 32 for name in schemes)
+    assert memory(True) > 4 * (8 * groups + 4 * 512 * (64 + 128) + blocks // 3)
+    with_it = budget_of(llama, best)
+    assert with_it.temporary_bytes > budget_of(llama, get_method("awq", "balanced")).temporary_bytes
+
+
+def budget_of(folder: Path, method: Method) -> Budget:
+    source = open_source(str(folder))
+    model = source.skeleton()
+    schemes = schemes_of(model, Recipe(Scheme(4, 32)))
+    text = Calibration(samples=64, seqlen=128)
+    return choose_budget(source, model, schemes, text, method, CPU, None)
+
+
+def test_time_of_tuning(llama: Path) -> None:
+    """As long as the text, and longer than the statistics."""
+    best = {n: plan(llama, "w4g32", effort="best", samples=n).seconds for n in (64, 640)}
+    assert set(best[64]) == {"read", "statistics", "search", "end to end"}
+    assert best[64]["end to end"] > best[64]["statistics"]
+    assert "end to end" not in plan(llama, "w4g32", effort="balanced").seconds
+    assert best[640]["end to end"] > 3 * best[64]["end to end"]
 
 
 def test_time_by_phase(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

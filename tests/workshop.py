@@ -144,7 +144,7 @@ class Workshop:
                 tear: cut the file that this change is about in half.
                 fail_at: number of the change from which on all writes fail, as on a full disk.
                 on_disk: keep hidden states on the disk.
-                save_seconds: between copies of hidden states that are in memory.
+                save_seconds: between copies of hidden states, or of what is tuned, in memory.
                 shard_bytes: of a shard of the checkpoint.
                 file_bytes: most that a file can be; writing more fails.
                 stdin: text that is piped in.
@@ -208,9 +208,9 @@ def _serve() -> None:
 
 
 def _child(request: dict[str, Any], scratch: list[int]) -> None:
-    from salience import hidden, pipeline, writer
+    from salience import end_to_end, hidden, pipeline, writer
     from salience.cli import main
-    from salience.methods import AWQ_TUNED, EFFORTS, Tuning
+    from salience.methods import BEST, EFFORTS, Tuning
     from salience.plan import Budget
 
     os.chdir(request["cwd"])
@@ -226,10 +226,11 @@ def _child(request: dict[str, Any], scratch: list[int]) -> None:
         pipeline.choose_budget = lambda *_: budget
     if "iterations" in request:
         tuning = Tuning(request["iterations"], batch_tokens=32, check_every=2)
-        EFFORTS["best"] = {"awq": replace(AWQ_TUNED, learns=tuning)}
+        EFFORTS["best"] = {"awq": replace(BEST, learns=tuning)}
     if "no_disk_check" in request:
         pipeline.check_disk = lambda *_: None
     hidden.SAVE_SECONDS = request.get("save_seconds", hidden.SAVE_SECONDS)
+    end_to_end.SAVE_SECONDS = request.get("save_seconds", end_to_end.SAVE_SECONDS)
     if "shard_bytes" in request:
         writer.ShardWriter.__init__.__defaults__ = (request["shard_bytes"],)
     if "file_bytes" in request:

@@ -32,13 +32,15 @@ def collect(job: Job, journal: Journal, report: Report) -> None:
                 f"the record of block {index} in {journal.folder} is damaged ({error}); delete "
                 "that folder to start over"
             ) from None
+    report.end_to_end = journal.tuning()
     report.summarize()
 
 
 def assemble(job: Job, journal: Journal, report: Report) -> None:
     """Write the whole checkpoint into the journal's folder `final`.
 
-    The blocks are copied tensor by tensor into shards of the usual size; with them go everything
+    The blocks are copied tensor by tensor into shards of the usual size, with what the pass over
+    the whole model changed of them in its place; with them go everything
     outside the blocks, all buffers as they are, the config, the tokenizer and the report.
 
     Raises:
@@ -57,17 +59,20 @@ def assemble(job: Job, journal: Journal, report: Report) -> None:
     writer = make_writer(job.fmt, journal.final, job.source, job.skeleton, job.weights, config)
     for index in range(_pieces(job)):
         job.progress("shard", index, len(job.blocks))
+        tuned = journal.tuned(index)
         with journal.block(index) as block:
             for name in block.keys():  # noqa: SIM118 (not a dict)
-                writer.add(name, block.get_tensor(name))
+                writer.add(name, tuned[name] if name in tuned else block.get_tensor(name))
     parameters = {name for name, _ in job.skeleton.named_parameters()}
     buffers = {name for name, _ in job.skeleton.named_buffers()}
     coded = {f"{name}.weight" for name in job.outside}
+    outside = journal.tuned(len(job.blocks))
     for name in sorted(job.weights.names()):
         if name in buffers:
             tensor = job.weights.tensor(name)
         elif name in parameters - coded and not name.startswith(f"{job.prefix}."):
-            tensor = to_dtype(job.float_tensor(name), name, job.dtype)
+            own = outside[name] if name in outside else job.float_tensor(name)
+            tensor = to_dtype(own, name, job.dtype)
         else:
             continue
         for stored, part in stored_tensors(job.skeleton, job.weights, name, tensor).items():

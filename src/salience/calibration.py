@@ -10,15 +10,16 @@ sum of floats in another order is another sum.
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from salience.errors import SalienceError
 
@@ -427,31 +428,39 @@ def run_tail(
         update(name, x)
 
 
-def run_head(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor, hidden: Tensor) -> Tensor:
-    """The logits [batch, seqlen, vocabulary] of hidden states that leave the last block.
+def logits_of(
+    model: nn.Module, blocks: nn.ModuleList, hidden: Tensor, parameters: Mapping[str, Tensor]
+) -> Tensor:
+    """The logits that a model makes of what leaves its last block; gradients flow back.
 
     Args:
-        model: with the weights of all that is in no block.
-        blocks: its blocks.
-        tokens: [batch, seqlen], of which `hidden` came.
-        hidden: [batch, seqlen, hidden]; gradients reach it.
+        model: with the weights of what is in no block.
+        blocks: its blocks, which are not run.
+        hidden: [batch, seqlen, ..., hidden].
+        parameters: used in place of the model's own, by name.
+
+    Returns:
+        Of the dtype of `hidden`, [batch, seqlen, vocabulary].
 
     Raises:
-        SalienceError: a model that hands more than hidden states from block to block.
+        SalienceError: a model whose logits are not made of the last block's output alone.
     """
+    tokens = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+    named = {"input_ids": tokens, "use_cache": False}
     try:
         # What a model takes from its blocks differs; see `record_inputs`.
         for items in (1, 2, 3):
             for block in blocks:
                 block.forward = partial(_return, _returned(items, hidden))
             with suppress(_UnpackedError), _unpacking():
-                logits = model(input_ids=tokens, use_cache=False).logits
-                if logits.shape[:-1] == tokens.shape:
-                    return cast(Tensor, _plain(logits))
+                out = functional_call(model, dict(parameters), (), named, tie_weights=False)
+                logits = _plain(out.logits)
+                if logits.shape[:2] == hidden.shape[:2]:
+                    return logits.to(hidden.dtype)
     finally:
         for block in blocks:
             vars(block).pop("forward", None)
-    raise _refusal(model, "takes more from its blocks than hidden states")
+    raise _refusal(model, "makes its logits of more than the last hidden states")
 
 
 def _return(output: Any, *_args: object, **_kwargs: object) -> Any:

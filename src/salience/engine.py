@@ -501,12 +501,12 @@ class _Outside(nn.Module):
 
 
 @contextmanager
-def embeddings_loaded(job: Job) -> Iterator[None]:
-    """The model with the weights of all that is in no block, but for an untied head."""
+def embeddings_loaded(job: Job, head: bool = False) -> Iterator[None]:
+    """The model with the weights of all that is in no block, an untied head only if wanted."""
     model = job.skeleton
-    head = model.get_output_embeddings()
+    last = None if head else model.get_output_embeddings()
     shared = {id(p) for p in model.get_input_embeddings().parameters()}
-    unused = {id(p) for p in head.parameters()} - shared if head is not None else set()
+    unused = {id(p) for p in last.parameters()} - shared if last is not None else set()
     wanted = [
         name
         for name, parameter in model.named_parameters()
@@ -514,6 +514,8 @@ def embeddings_loaded(job: Job) -> Iterator[None]:
     ]
     for name in wanted:
         set_tensor(model, name, job.float_tensor(name))
+    if head:
+        model.tie_weights()
     _move_buffers(model, job.device)
     try:
         yield

@@ -9,6 +9,10 @@ Beside the output OUT, until it is whole, lies the folder OUT.partial:
     hidden-00007.bin          the hidden states that enter a block, from time to time
     coded-00007.bin           likewise of the quantized blocks, where later ones learn from them
     search.safetensors        the search-*.safetensors in one
+    teacher.bin               the hidden states that leave the float model's last block
+    tuning.safetensors        how far the pass over the whole model is, from time to time
+    tuned-00007.safetensors   what that pass changes of a block; after the last, of what is in none
+    tuned.json                its record; the pass is done when this is there
     final/                    the checkpoint, put together when all blocks are done
     published                 job.json, renamed: `final` is whole and takes the name OUT
     lock                      held by the process that is at it
@@ -34,6 +38,7 @@ from salience.writer import check_free, disk_errors, replacing, sync, write_json
 
 _CONTINUABLE = (StorageError, DoesNotFitError)
 _BEGUN, _PUBLISHED, _LOCK = "job.json", "published", "lock"
+_TUNED = "tuned.json"
 
 
 def is_published(out: Path) -> bool:
@@ -150,8 +155,8 @@ class Journal:
         """Delete the folder, in an order in which a kill leaves nothing that looks done."""
         last = (self._begun, self._published, self._lock_file)
         with disk_errors(self.folder):
-            for record in self.folder.glob("block-*.json"):
-                record.unlink()
+            for record in (*self.folder.glob("block-*.json"), self.folder / _TUNED):
+                record.unlink(missing_ok=True)
             for path in self.folder.iterdir():
                 if path.is_dir():
                     shutil.rmtree(path)
@@ -226,6 +231,64 @@ class Journal:
                 f"{path} is damaged ({error}); delete {self.folder} to start over"
             ) from None
 
+    def block_file(self, index: int) -> Path:
+        """Where the tensors of a block that is done are."""
+        return self._tensors(index)
+
+    @property
+    def teacher_file(self) -> Path:
+        """Where the hidden states that leave the float model's last block may be."""
+        return self.folder / "teacher.bin"
+
+    def save_state(self, tensors: Mapping[str, Tensor], values: object) -> None:
+        """Write how far the pass over the whole model is."""
+        write_tensors(self._state_file, tensors, {"values": json.dumps(values)})
+
+    def load_state(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """What `save_state` last wrote.
+
+        Raises:
+            StorageError: damaged.
+        """
+        path = self._state_file
+        if not path.exists():
+            return None
+        with self._undamaged(path), safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return tensors, json.loads(file.metadata()["values"])
+
+    def save_tuned(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write what the pass over the whole model changes of a block."""
+        write_tensors(self._tuned(index), tensors, {"format": "pt"})
+
+    def tuned(self, index: int) -> dict[str, Tensor]:
+        """What that pass changed, once it is done.
+
+        Raises:
+            StorageError: damaged.
+        """
+        path = self._tuned(index)
+        if self.tuning() is None or not path.exists():
+            return {}
+        with self._undamaged(path), safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def save_tuning(self, record: object) -> None:
+        """Say that the pass is done; `tuned` has its results from now on."""
+        write_json(self.folder / _TUNED, record)
+
+    def tuning(self) -> dict[str, Any] | None:
+        """The record of the pass over the whole model; None until it is done.
+
+        Raises:
+            StorageError: damaged.
+        """
+        path = self.folder / _TUNED
+        if not path.exists():
+            return None
+        with self._undamaged(path):
+            return read_json(path)
+
     def checkpoint(self, index: int) -> SafetensorsCheckpoint:
         """The tensors of a block that is done, as a checkpoint.
 
@@ -274,6 +337,13 @@ class Journal:
 
     def _tensors(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"
+
+    def _tuned(self, index: int) -> Path:
+        return self.folder / f"tuned-{index:05d}.safetensors"
+
+    @property
+    def _state_file(self) -> Path:
+        return self.folder / "tuning.safetensors"
 
     def _search(self, index: int) -> Path:
         return self.folder / f"search-{index:05d}.safetensors"

@@ -5,6 +5,7 @@
         find scales, fold them, prove each fold          -> same function, easier weights
         code each linear, compare with plain rounding    -> QTensor
         write                                            -> disk
+    for effort "best": tune scales and norms against the float model's logits
 
 Only one block's weights are in memory at a time, in fp32 (on a GPU a few, where blocks are so small
 that starting kernels would take longer than running them). Each finished block is in the journal
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from salience.assemble import assemble, collect
 from salience.calibration import Calibration
+from salience.end_to_end import tune
 from salience.engine import run_blocks
 from salience.errors import SalienceError
 from salience.job import Job, Progress, identity
@@ -76,7 +78,8 @@ def quantize(
         out: the folder to make; it appears when it is whole.
         method: "awq" (None), "gptq", "rtn" or "nf4".
         effort: "fast" (None); "balanced": AWQ's scales and grids with GPTQ's codes; or "best":
-            these codes and ranges then learned block by block.
+            these codes and ranges then learned block by block, and at last scales and norms tuned
+            against the float model's logits.
         act_order: "gptq" forms its groups of columns of like importance; the checkpoint then says
             which column is in which, so the format must have a place for it.
         scheme: of the linears in the blocks, a Scheme or its name; None is w4g128.
@@ -107,7 +110,8 @@ def quantize(
         progress: called with (phase, done, total).
         on_block: called with the report of each block when it is done.
         on_phase: called with the name of a phase when it begins, and with "" when it ends.
-        on_warning: called, before the work, with each line on what vLLM or SGLang would mind.
+        on_warning: called, before the work, with each line on what vLLM or SGLang would mind, and
+            after it where a model cannot be tuned as a whole.
 
     Returns:
         The report, which is also in the folder.
@@ -368,6 +372,9 @@ def _run(works: Sequence[_Work], on_warning: Callable[[str], None] | None) -> li
             is_close = any(work.budget.is_close for work, _ in open_)
             run_blocks(tasks, works[0].tokens, on_disk, is_close)
         for work, journal in open_:
+            warning = tune(work.job, journal, work.tokens, work.budget.on_disk)
+            if warning is not None:
+                (on_warning or (lambda _line: None))(warning)
             _write(work, journal)
         for work, journal in zip(works, journals, strict=True):
             journal.publish(work.save_search)

@@ -7,7 +7,7 @@ search itself on a small random weight.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from salience import grid
 from salience.calibration import BACKWARD_TOKENS, Calibration, micro_batch
 from salience.checkpoint import Checkpoint
+from salience.distillation import LOGITS
 from salience.engine import window
 from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import Dense, Format, stored_config
@@ -29,7 +30,7 @@ from salience.machine import (
     matmul_flops,
     peak_rss_bytes,
 )
-from salience.methods import Method, Problem, Tuning
+from salience.methods import EndToEnd, Method, Problem, Tuning
 from salience.methods.awq import EXPONENTS, SCALE_ROWS, TILE_CANDIDATES
 from salience.methods.tuned import Rounding
 from salience.scheme import Scheme, fitting_group_sizes
@@ -41,11 +42,14 @@ _TOKENIZER_BYTES = 2500  # for each entry of the vocabulary
 _TRIAL_COLUMNS = 256  # of the search that is timed: so few that products with H cost little
 _CLOSE = 0.8  # of the memory there is: from here on a rehearsal comes first
 _READ_BYTES_PER_SECOND = 2e9
-_LOGITS = 6  # copies of them in a step backward from the head
 # Of a block that learns: floats for each coded weight, and for each number that enters or leaves a
 # linear (with what lies between the linears), which wait for the backward pass.
 _LEARN_COPIES = 12
 _LEARN_ACTIVATIONS = 3
+_LOGITS_HELD = 6  # tensors as large as logits while their gradient is made
+_VECTORS = 10  # as long as what is tuned: numbers, gradient, Adam's two, the best, rates, and steps
+_BLOCK_SECONDS = 5e-3  # of a step: starting the kernels of a block, three times
+_WEIGHT_SECONDS = {"cpu": 2e-8, "cuda": 1e-11}  # of a step: making a weight of its code, and back
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +205,9 @@ def choose_budget(
     temporary = 2 * _hidden_bytes(model, calibration, method)
     if backward:
         temporary += _inputs_bytes(model, calibration)
+    if method.end_to_end is not None:
+        temporary += _hidden_bytes(model, calibration, replace(method, learns=None))
+        temporary += 4 * _VECTORS * _numbers(model, schemes)
     return Budget(on_disk, need > _CLOSE * cap, temporary)
 
 
@@ -351,6 +358,15 @@ def device_memory(
         pairs = 3 * batch * embedding.shape[1]
         floats = hidden + weights + moments + _LEARN_COPIES * coded + kept + pairs
         learning = {"learn": 4 * floats}
+    whole = {}
+    if method.end_to_end is not None:
+        largest_weights = weights // held
+        teacher = hidden if learns is None else hidden // 2
+        whole = {
+            "teacher": 4 * (teacher + outside + largest_weights + live),
+            "end to end": 4 * (teacher + outside + 4 * largest_weights)
+            + _end_to_end_bytes(model, schemes, calibration, method.end_to_end, device, on_disk),
+        }
     found = {
         "embeddings": 4 * (hidden + outside + 2 * batch * embedding.shape[1]),
         "statistics": 4 * (hidden + weights + moments + first + live),
@@ -358,15 +374,57 @@ def device_memory(
         "search": 4 * (hidden + weights + moments + first + held * solved),
         **learning,
         "write": 4 * embedding.numel(),
+        **whole,
     }
     if backward:
         # A block keeps what its gradients need; the logits of one sequence come several times.
         states = min(BACKWARD_TOKENS, calibration.samples * calibration.seqlen)
-        logits = _LOGITS * calibration.seqlen * embedding.shape[0]
+        logits = _LOGITS_HELD * calibration.seqlen * embedding.shape[0]
         block = weights + 3 * live + 2 * moments
         streams = hidden + 3 * max(states, batch) * embedding.shape[1]
         found["sensitivity"] = 4 * (streams + max(block, outside + embedding.numel() + logits))
     return found
+
+
+def _end_to_end_bytes(
+    model: Any,
+    schemes: Mapping[str, Scheme],
+    calibration: Calibration,
+    settings: EndToEnd,
+    device: torch.device,
+    on_disk: bool,
+) -> int:
+    """What tuning the whole model takes beside weights and the teacher's hidden states."""
+    _, blocks = find_blocks(model)
+    largest = max(blocks, key=lambda block: sum(p.numel() for p in block.parameters()))
+    vocabulary, width = model.get_input_embeddings().weight.shape
+    samples, seqlen = calibration.samples, calibration.seqlen
+    tokens = settings.step_samples(samples, seqlen) * seqlen
+    inputs = (len(blocks) + 2) * tokens * width
+    live = tokens * _trained_floats(largest)
+    # A backward pass has the codes of one linear as floats.
+    codes = max(weight_of(linear).numel() for linear in linears(largest).values())
+    logits = _LOGITS_HELD * min(tokens * vocabulary, LOGITS[device.type])
+    total = 4 * (inputs + live + codes + logits)
+    total += 4 * _VECTORS * _numbers(model, schemes)
+    if not on_disk:
+        total += sum(p.numel() for p in blocks.parameters())  # nearly all of them are codes
+    return total
+
+
+def _numbers(model: nn.Module, schemes: Mapping[str, Scheme]) -> int:
+    """How many scales, norms and biases a model has, or a few more."""
+    floats = sum(p.numel() for p in model.parameters() if p.ndim == 1)
+    shapes = _shapes(model, schemes)
+    return floats + sum(
+        rows * columns // schemes[name].group_columns(columns)
+        for name, (rows, columns) in shapes.items()
+    )
+
+
+def _trained_floats(block: nn.Module) -> int:
+    """Floats a token takes while a block runs and what its gradients need is kept."""
+    return 2 * sum(sum(_shape(linear)) for linear in linears(block).values())
 
 
 def _groups(block: nn.Module) -> list[tuple[int, int]]:
@@ -503,6 +561,10 @@ def _seconds(
                 exact += 3 * rows + 2 * columns
             search += 2 * columns**2 * (exact / flops + rough / fast)
     seconds["search"] = search
+    if calibration is not None and method.end_to_end is not None:
+        seconds["end to end"] = _end_to_end_seconds(
+            model, calibration, method.end_to_end, device, fast
+        )
     return seconds
 
 
@@ -524,6 +586,29 @@ def _learn_seconds(
             torch.cuda.synchronize(device)
         took = time.perf_counter() - start
     return weights * (products / flops + tuning.iterations * took / weight.numel())
+
+
+def _end_to_end_seconds(
+    model: Any,
+    calibration: Calibration,
+    settings: EndToEnd,
+    device: torch.device,
+    flops: float,
+) -> float:
+    """A forward pass of the teacher, then all steps and measurements."""
+    _, blocks = find_blocks(model)
+    samples, seqlen = calibration.samples, calibration.seqlen
+    tokens = samples * seqlen
+    weights = sum(p.numel() for p in blocks.parameters())
+    head = model.get_input_embeddings().weight.numel()
+    held = max(1 / settings.held_out, settings.step_samples(samples, seqlen) / samples)
+    # Blocks run twice and once backward, which is two; the head once, backward, and the teacher's.
+    step = 2 * tokens * (4 * weights + 3 * head) / flops
+    measured = 2 * tokens * held * (weights + 2 * head) / flops
+    steps = samples // settings.step_samples(samples, seqlen)
+    fixed = len(blocks) * _BLOCK_SECONDS + weights * _WEIGHT_SECONDS[device.type]
+    passes = settings.passes * (step * (1 - held) + measured + steps * fixed)
+    return 2 * tokens * weights / flops + 3 * measured + passes
 
 
 @dataclass(frozen=True, slots=True)

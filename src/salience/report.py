@@ -78,7 +78,9 @@ class Report:
     """The whole run: what went in, what was found in each linear, what it cost.
 
     `serving` is what vLLM and SGLang would mind of it (`salience.serving.Finding`), `allocation`
-    how bits were chosen, if they were (`salience.target.Choice.describe`).
+    how bits were chosen, if they were (`salience.target.Choice.describe`). `end_to_end` is what
+    tuning the whole model did (`salience.end_to_end`), after which the errors of the linears were
+    not measured again; None where it was not asked for.
     """
 
     model: str
@@ -102,6 +104,7 @@ class Report:
     serving: list[dict[str, Any]] = field(default_factory=list)
     folds: list[dict[str, Any]] = field(default_factory=list)
     allocation: dict[str, Any] = field(default_factory=dict)
+    end_to_end: dict[str, Any] | None = None
     blocks: list[BlockReport] = field(default_factory=list)
     linears: list[LinearReport] = field(default_factory=list)
 

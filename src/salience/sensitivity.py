@@ -43,12 +43,11 @@ from torch import Tensor, nn
 
 from salience import grid
 from salience.block import LoadedBlock
-from salience.calibration import BACKWARD_TOKENS, Arguments, micro_batch, run_block, run_head
+from salience.calibration import BACKWARD_TOKENS, Arguments, logits_of, micro_batch, run_block
 from salience.engine import embeddings_loaded, gather
 from salience.errors import SalienceError
 from salience.job import Job
 from salience.journal import Journal
-from salience.loading import set_tensor
 from salience.machine import release_memory
 from salience.methods.base import no_scales
 from salience.scheme import Scheme
@@ -94,7 +93,7 @@ def measure(job: Job, journal: Journal, tokens: Tensor, on_disk: bool) -> list[S
     arguments: list[list[Arguments]] = []
     hidden = None
     # No folds to look for, and nothing to learn yet.
-    plain = replace(job, method=replace(job.method, scales=no_scales, learns=None))
+    plain = replace(job, method=replace(job.method, scales=no_scales, learns=None, end_to_end=None))
     for index, found in enumerate(gather(plain, journal, tokens, on_disk, parts)):
         job.progress("sensitivity", index, 2 * len(job.blocks))
         with job.phase("sensitivity"):
@@ -110,7 +109,7 @@ def measure(job: Job, journal: Journal, tokens: Tensor, on_disk: bool) -> list[S
     last = [hidden.get(part).clone() for part in range(parts)]
     with job.phase("sensitivity"), torch.enable_grad():
         curvature = output_curvature(
-            job, tokens, arguments, last, lambda index: _inputs(job, journal, index)
+            job, arguments, last, lambda index: _inputs(job, journal, index)
         )
     found_groups = []
     for names in groups:
@@ -127,7 +126,6 @@ def measure(job: Job, journal: Journal, tokens: Tensor, on_disk: bool) -> list[S
 
 def output_curvature(
     job: Job,
-    tokens: Tensor,
     arguments: list[list[Arguments]],
     last: list[Tensor],
     inputs: Callable[[int], list[Tensor]],
@@ -135,7 +133,6 @@ def output_curvature(
     """E[g_r^2] of each output row of each linear in the blocks, fp64 [out], a token.
 
     Args:
-        tokens: of which the first ones belong to `last`.
         arguments: of each block, for each micro-batch.
         last: hidden states that leave the last block, by micro-batch.
         inputs: gives the hidden states that enter a block, by micro-batch.
@@ -143,8 +140,8 @@ def output_curvature(
     Raises:
         SalienceError: naming a linear whose gradients are not finite.
     """
-    with embeddings_loaded(job):
-        gradients = _head_gradients(job, tokens, last)
+    with embeddings_loaded(job, head=True):
+        gradients = _head_gradients(job, last)
     count = sum(hidden.shape[0] * hidden.shape[1] for hidden in last)
     found: dict[str, Tensor] = {}
     blocks = len(job.blocks)
@@ -204,29 +201,18 @@ def _backward(
     return torch.zeros_like(hidden) if entering is None else entering, squares
 
 
-def _head_gradients(job: Job, tokens: Tensor, last: list[Tensor]) -> list[Tensor]:
+def _head_gradients(job: Job, last: list[Tensor]) -> list[Tensor]:
     """The gradients at the output of the last block, of a random direction of the logits."""
-    model, head = job.skeleton, job.skeleton.get_output_embeddings()
-    model.tie_weights()
-    held = {id(p): name for name, p in model.named_parameters() if p.device.type == "meta"}
-    own = [held[id(p)] for p in (head.parameters() if head is not None else ()) if id(p) in held]
-    for name in own:
-        set_tensor(model, name, job.float_tensor(name))
     generator = torch.Generator().manual_seed(0)
     found: list[Tensor] = []
-    start = 0
     for states in last:
         gradients: list[Tensor] = []
         for one in states.split(1):  # logits are wide
             hidden = one.detach().requires_grad_()
-            ids = tokens[start : start + 1].to(job.device)
-            start += 1
-            logits = run_head(model, job.blocks, ids, hidden).float()
+            logits = logits_of(job.skeleton, job.blocks, hidden, {})
             direction = fisher_direction(logits.detach(), generator)
             gradients += torch.autograd.grad(logits, [hidden], direction)
         found.append(torch.cat(gradients))
-    for name in own:
-        set_tensor(model, name, torch.empty_like(model.get_parameter(name), device="meta"))
     return found
 
 

@@ -6,7 +6,7 @@
     MODEL@awq, @awq      a method with each scheme of --scheme, of MODEL or of the reference
 
 Methods are those of `quantize`, and its efforts by their names: `fast` is AWQ's, `balanced` is
-AWQ's scales with GPTQ's codes, `best` is these codes learned.
+AWQ's scales with GPTQ's codes, `best` is these codes learned, and the whole then tuned.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 A method is three functions (see `base`), so that they combine: GPTQ's codes go with AWQ's clipped
 grids, and with its scales too, which is the effort "balanced". On top of that the effort "best"
-moves the codes of a whole block by gradient.
+moves the codes of a whole block by gradient, and then the scales of the whole model.
 """
 
 from dataclasses import replace
@@ -10,7 +10,7 @@ from dataclasses import replace
 from salience.errors import SalienceError
 from salience.grid import Grid
 from salience.methods.awq import search_grids, search_scales
-from salience.methods.base import FoldScale, Method, Problem, Tuning, full_grids
+from salience.methods.base import EndToEnd, FoldScale, Method, Problem, Tuning, full_grids
 from salience.methods.gptq import compensate, compensate_in_order, in_order
 from salience.methods.nf4 import NF4
 from salience.methods.rtn import RTN
@@ -35,27 +35,28 @@ GPTQ_G_IDX = Method(
     act_order=True,
 )
 
-# The same scales and start, then the codes of each block learned.
-AWQ_TUNED = replace(AWQ_GPTQ, name="awq+gptq+tuned", learns=Tuning())
+# The same scales and start, then the codes of each block learned, and at last the whole tuned.
+BEST = replace(AWQ_GPTQ, name="best", learns=Tuning(), end_to_end=EndToEnd())
 
 METHODS: tuple[Method, ...] = (AWQ, GPTQ, RTN, NF4)
 # What each effort makes of a method.
 EFFORTS = {
     "fast": {m.name: m for m in METHODS},
     "balanced": {"awq": AWQ_GPTQ},
-    "best": {"awq": AWQ_TUNED},
+    "best": {"awq": BEST},
 }
 
 __all__ = [
     "AWQ",
     "AWQ_GPTQ",
-    "AWQ_TUNED",
+    "BEST",
     "EFFORTS",
     "GPTQ",
     "GPTQ_G_IDX",
     "METHODS",
     "NF4",
     "RTN",
+    "EndToEnd",
     "FoldScale",
     "Method",
     "Problem",

@@ -107,6 +107,34 @@ class Tuning:
 
 
 @dataclass(frozen=True, slots=True)
+class EndToEnd:
+    """How scales and norms are tuned when all blocks have their codes; see `salience.end_to_end`.
+
+    Args:
+        passes: over the calibration text.
+        tokens: of a step, at most.
+        steps: of a pass, at least: a short text is cut into smaller steps.
+        rate: the first step of a scale, relative to it; it falls to 0 along a cosine.
+        float_rate: the same of what is stored float: norms and biases.
+        held_out: one of so many steps of the text is never trained on.
+        seed: of the order of the steps.
+    """
+
+    passes: int = 4
+    tokens: int = 4096
+    steps: int = 16
+    rate: float = 1e-3
+    float_rate: float = 1e-3
+    held_out: int = 16
+    seed: int = 0
+
+    def step_samples(self, samples: int, seqlen: int) -> int:
+        """Sequences of a step: the most that divide the samples, within the limits above."""
+        most = min(self.tokens // seqlen, samples // self.steps)
+        return max(n for n in range(1, max(1, most) + 1) if samples % n == 0)
+
+
+@dataclass(frozen=True, slots=True)
 class Method:
     """A method by its parts.
 
@@ -123,6 +151,7 @@ class Method:
             grids were chosen with moments that are not at hand.
         act_order: whether it forms groups in activation order, which the checkpoint must store.
         learns: how the codes of a block are then moved by gradient (`methods.tuned`), if they are.
+        end_to_end: how the whole model is tuned after its blocks; None for not at all.
     """
 
     name: str
@@ -134,6 +163,7 @@ class Method:
     trusted: bool = False
     act_order: bool = False
     learns: Tuning | None = None
+    end_to_end: EndToEnd | None = None
 
     @property
     def folds(self) -> bool:

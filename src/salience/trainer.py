@@ -1,0 +1,269 @@
+"""Adam on the numbers of a student model, and the measurements that say which of them to keep.
+
+    mean   <- 0.9 mean + 0.1 g          square <- 0.99 square + 0.01 g^2
+    d      <- d - rate(t) * mean' / sqrt(square')          mean', square' without their bias to 0
+    rate(t) = rate * (1 + cos(pi t / steps)) / 2
+
+A pass has few steps (fifteen of 4096 tokens), so the memory of the squares is a hundred steps and
+not the usual thousand. The order of the steps is another one in each pass, from the seed alone: it
+can be found again from the number of the step.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from salience.calibration import record_inputs
+from salience.distillation import Tails
+from salience.job import Job
+from salience.loading import set_tensor
+from salience.methods import EndToEnd
+from salience.student import FURTHEST, Student, moved_float, moved_leaf
+from salience.writer import to_dtype
+
+_MEAN, _SQUARE, _EPSILON = 0.9, 0.99, 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class _Outside:
+    """A norm or bias after the blocks: its name, as it is stored, and where its numbers are."""
+
+    name: str
+    stored: Tensor
+    place: slice
+
+
+class Trainer:
+    """Adam on the numbers of a student, a micro-batch at a time.
+
+    Args:
+        job: with the teacher's weights of what is in no block; they become the student's.
+        student: its blocks.
+        tokens: [samples, seqlen].
+        targets: what leaves the teacher's last block.
+        settings: how.
+        dtype: to compute in.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        student: Student,
+        tokens: Tensor,
+        targets: Tensor,
+        settings: EndToEnd,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.student = student
+        self._job, self._settings, self._dtype = job, settings, dtype
+        size = settings.step_samples(*tokens.shape)
+        self._tokens, self._targets = tokens.split(size), targets.split(size)
+        parts = len(self._tokens)
+        held = max(1, parts // settings.held_out)
+        self._trained, self._held = range(parts - held), range(parts - held, parts)
+        self.total = settings.passes * len(self._trained)
+        self._tails = self._make_tails()
+        self._outside = self._find_outside()
+        count = self._outside[-1].place.stop if self._outside else student.count
+        self.moved, self.mean, self.square = torch.zeros(3, count, dtype=dtype, device=job.device)
+        self.best = torch.zeros_like(self.moved)
+        self._rates = self._make_rates(count)
+        self.step = 0
+        self.history: list[dict[str, float]] = []
+        self._sum = 0.0
+
+    def _make_tails(self) -> Tails:
+        """Put what the student has of its own in no block into the model."""
+        model, job = self._job.skeleton, self._job
+        teacher: dict[str, Tensor] = {}
+        for name in job.outside:
+            full = f"{name}.weight"
+            teacher[full] = model.get_submodule(name).weight
+        for full in teacher:
+            weight = self.student.linear(full.removesuffix(".weight")).dequantize()
+            set_tensor(model, full, weight)
+        for name in job.parted_heads():
+            teacher.setdefault(f"{name}.weight", model.get_submodule(name).weight)
+        return Tails(model, job.blocks, teacher)
+
+    def _find_outside(self) -> list[_Outside]:
+        """The norms and biases in no block that the logits depend on."""
+        job = self._job
+        stored = {
+            name: to_dtype(parameter, name, job.dtype)
+            for name, parameter in job.skeleton.named_parameters()
+            if parameter.ndim == 1 and not name.startswith(f"{job.prefix}.")
+        }
+        piece = self._targets[0][:1, :2].to(job.device, self._dtype)
+        leaves = {name: value.to(self._dtype).requires_grad_() for name, value in stored.items()}
+        _, _, found = self._tails.gradients(piece, piece, leaves, 1.0)
+        outside, start = [], self.student.count
+        for (name, value), gradient in zip(stored.items(), found, strict=True):
+            if gradient is not None:
+                outside.append(_Outside(name, value, slice(start, start + value.numel())))
+                start += value.numel()
+        return outside
+
+    def _make_rates(self, count: int) -> Tensor:
+        rates = torch.full((count,), self._settings.float_rate, device=self._job.device)
+        for index, slots in enumerate(self.student.slots):
+            scales = sum(slot.shape.numel() for slot in slots if slot.codes)  # they come first
+            start = self.student.part(index).start
+            rates[start : start + scales] = self._settings.rate
+        return rates.to(self._dtype)
+
+    def advance(self) -> float:
+        """One step, and a measurement where a pass begins or ends; the mean divergence of it."""
+        if not self.history:
+            self._measure(self.moved)
+        number, at = divmod(self.step, len(self._trained))
+        generator = torch.Generator().manual_seed(self._settings.seed + 2**16 * number)
+        part = int(torch.randperm(len(self._trained), generator=generator)[at])
+        kl, gradient = self.gradient(self._trained[part])
+        if not math.isfinite(kl):
+            return kl
+        self.step += 1
+        self._adam(gradient)
+        self._sum += kl
+        if at == len(self._trained) - 1:
+            self._measure(self.moved)
+        return kl
+
+    def _adam(self, gradient: Tensor) -> None:
+        self.mean.lerp_(gradient, 1 - _MEAN)
+        self.square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
+        done = (self.step - 1) / self.total
+        rate = 0.5 * (1 + math.cos(math.pi * done)) / (1 - _MEAN**self.step)
+        spread = (self.square / (1 - _SQUARE**self.step)).sqrt_().add_(_EPSILON)
+        self.moved.addcdiv_(self.mean * self._rates, spread, value=-rate)
+        self.moved.clamp_(-FURTHEST, FURTHEST)
+
+    def gradient(self, part: int) -> tuple[float, Tensor]:
+        """The mean divergence of a micro-batch, and its gradient [count]."""
+        student, gradient = self.student, torch.zeros_like(self.moved)
+        hidden, inputs, arguments = self._forward(part, self.moved)
+        leaves = {
+            each.name: self._value(each, self.moved).detach().requires_grad_()
+            for each in self._outside
+        }
+        tokens = self._tokens[part].numel()
+        target = self._target(part)
+        total, back, found = self._tails.gradients(hidden, target, leaves, 1 / tokens)
+        for each, own in zip(self._outside, found, strict=True):
+            if own is not None:
+                gradient[each.place] = own * each.stored.to(self._dtype).abs()
+        for index in reversed(range(len(inputs))):
+            place = student.part(index)
+            args = arguments.of(index, 0)
+            back, own = student.backward(index, self.moved[place], inputs.pop(), args, back)
+            gradient[place] = own
+        return total.item() / tokens, gradient
+
+    def _forward(self, part: int, moved: Tensor) -> tuple[Tensor, list[Tensor], Any]:
+        """What leaves the last block, what enters each, and what else they are called with."""
+        job, student = self._job, self.student
+        states: list[Tensor] = []
+        tokens = self._tokens[part]
+        arguments = record_inputs(
+            job.skeleton,
+            job.blocks,
+            tokens,
+            len(tokens),
+            job.device,
+            lambda _, hidden: states.append(hidden.to(self._dtype)),
+        )
+        for index in range(len(job.blocks)):
+            args = arguments.of(index, 0)
+            states.append(student.run(index, moved[student.part(index)], states[-1], args))
+        return states.pop(), states, arguments
+
+    def _target(self, part: int) -> Tensor:
+        return self._targets[part].to(self._job.device, self._dtype)
+
+    def _value(self, each: _Outside, moved: Tensor) -> Tensor:
+        return moved_leaf(each.stored, moved[each.place], self._dtype)
+
+    def divergence(self, parts: range, moved: Tensor) -> float:
+        """The mean over the tokens of some micro-batches."""
+        total = 0.0
+        values = {each.name: self._value(each, moved) for each in self._outside}
+        for part in parts:
+            hidden = self._forward(part, moved)[0]
+            total += self._tails.divergence(hidden, self._target(part), values).item()
+        return total / sum(self._tokens[part].numel() for part in parts)
+
+    def _measure(self, moved: Tensor) -> None:
+        """Note the divergence on held-out tokens, and keep the numbers if they are the best."""
+        found = self.divergence(self._held, moved)
+        if self.history and not math.isfinite(found):
+            return
+        least = min((each["held_out"] for each in self.history), default=math.inf)
+        if found < least:
+            self.best.copy_(moved)
+        noted: dict[str, float] = {"step": self.step, "held_out": found}
+        if self.history:
+            noted["trained"] = self._sum / len(self._trained)
+        else:
+            noted["sample"] = self.divergence(self._sample, moved)
+        self.history.append(noted)
+        self._sum = 0.0
+
+    @property
+    def _sample(self) -> range:
+        """As many of the micro-batches that are trained on as are held out."""
+        return self._trained[: len(self._held)]
+
+    def finish(self) -> None:
+        """All steps are done, or no more can be."""
+        if not self.history:  # the very first was not finite
+            self._measure(self.moved)
+        last = self.history[-1]
+        if "after" not in last:
+            last["after"] = self.divergence(self._sample, self.best)
+
+    def outside(self, moved: Tensor) -> dict[str, Tensor]:
+        """What changes in no block, by the model's names."""
+        made = {
+            each.name: moved_float(each.stored, moved[each.place], self._dtype)
+            for each in self._outside
+        }
+        return {
+            each.name: made[each.name]
+            for each in self._outside
+            if not torch.equal(made[each.name], each.stored)
+        }
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """All that the rest of the steps depends on."""
+        tensors = {name: getattr(self, name) for name in ("moved", "mean", "square", "best")}
+        return tensors, {"step": self.step, "history": self.history, "sum": self._sum}
+
+    def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        for name in ("moved", "mean", "square", "best"):
+            getattr(self, name).copy_(tensors[name])
+        self.step, self._sum = values["step"], values["sum"]
+        self.history = list(values["history"])
+
+    def record(self) -> dict[str, Any]:
+        """What the report says of it."""
+        first, last = self.history[0], self.history[-1]
+        least = min(self.history, key=lambda each: each["held_out"])
+        each = self._tokens[0].numel()
+        return {
+            "numbers": len(self.moved),
+            "steps": self.step,
+            "step_tokens": each,
+            "trained_tokens": each * len(self._trained),
+            "held_out_tokens": each * len(self._held),
+            "held_out_before": first["held_out"],
+            "held_out_after": least["held_out"],
+            "trained_before": first["sample"],
+            "trained_after": last["after"],
+            "kept_start": least["step"] == 0,
+            "history": self.history,
+        }
