@@ -250,7 +250,7 @@ def budget_of(folder: Path, method: Method) -> Budget:
 def test_time_of_tuning(llama: Path) -> None:
     """As long as the text, and longer than the statistics."""
     best = {n: plan(llama, "w4g32", effort="best", samples=n).seconds for n in (64, 640)}
-    assert set(best[64]) == {"read", "statistics", "search", "end to end"}
+    assert set(best[64]) == {"read", "statistics", "search", "learn", "end to end"}
     assert best[64]["end to end"] > best[64]["statistics"]
     assert "end to end" not in plan(llama, "w4g32", effort="balanced").seconds
     assert best[640]["end to end"] > 3 * best[64]["end to end"]
