@@ -1,12 +1,10 @@
-"""What a talk before it costs a new turn: time to its first token, with and without a history.
+"""What a talk before it costs a new turn: time to its first token, first and second.
 
     python benchmarks/chat_turns.py --history 1024 -o chat_turns.json
 
-The same text is said as the first turn of a talk, and as the second after a reply of about so many
-tokens that was just drawn. `tokens kept` is a session as it is; for `tokens anew` the reply's text
-is tokenized again, as it is for a client that sends only texts. Medians over `--rounds` talks, each
-with a seed of its own. Exits with 1 when, with tokens kept, the second turn takes more than 1.3
-times as long as the first.
+The same text is said as the first turn of a talk, and as the second, after a long one and a reply
+that was just drawn. Medians over `--rounds` talks, each with a seed of its own. Exits with 1 when
+the second turn takes more than 1.3 times as long as the first.
 """
 
 import argparse
@@ -25,26 +23,22 @@ from salience.runtime import Engine, Result, Sampling
 from salience.source import open_source
 
 _LIMIT = 1.3
+_REPLY = 128
 _FIRST = "Write about the sea, the ships that cross it and those who live by it."
 _NEW = "Now tell me in one sentence which of these things matters most to a sailor, and why so."
 _UNRELATED = "1 2 3 4 5 6 7 8"
 
 
-def last(engine: Engine, texts: dict[str, int], seed: int, keep: bool) -> Result:
+def last(engine: Engine, texts: dict[str, int], seed: int) -> Result:
     """The last reply of a talk.
 
     Args:
-        texts: what is said, and how many tokens each reply has.
-        keep: whether the tokens that were drawn are kept.
+        texts: what is said, and how many tokens each reply has at most.
     """
     engine.generate([engine.tokenizer(_UNRELATED)["input_ids"]], Sampling(max_new_tokens=1))
     session = Session(engine)
     for text, count in texts.items():
-        if not keep:
-            session._known.clear()
-        session.sampling = Sampling(
-            max_new_tokens=count, temperature=1.0, seed=seed, ignore_eos=count > 1
-        )
+        session.sampling = Sampling(max_new_tokens=count, temperature=1.0, seed=seed)
         session.ask(text)
     assert session.last is not None
     return session.last.result
@@ -60,15 +54,13 @@ def main() -> int:
     args = parser.parse_args()
     source = open_source(args.model)
     engine = Engine(load_source(source, args.device), source.tokenizer)
-    cases: dict[str, tuple[dict[str, int], bool]] = {
-        "first turn": ({_NEW: 1}, True),
-        "second turn, tokens kept": ({_FIRST: args.history, _NEW: 1}, True),
-        "second turn, tokens anew": ({_FIRST: args.history, _NEW: 1}, False),
-    }
+    words = len(source.tokenizer(_FIRST)["input_ids"])
+    first = " ".join([_FIRST] * max(1, (args.history - _REPLY) // words))
+    cases = {"first turn": {_NEW: 1}, "second turn": {first: _REPLY, _NEW: 1}}
     rows: list[dict[str, Any]] = []
-    for name, (texts, keep) in cases.items():
-        last(engine, {_NEW: 1}, 0, keep)  # warm
-        results = [last(engine, texts, seed, keep) for seed in range(args.rounds)]
+    for name, texts in cases.items():
+        last(engine, {_NEW: 1}, 0)  # warm
+        results = [last(engine, texts, seed) for seed in range(args.rounds)]
         rows.append(
             {
                 "name": name,
