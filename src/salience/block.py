@@ -391,18 +391,18 @@ def with_learned(block: LoadedBlock, solved: SolvedBlock, learned: Learned) -> S
         solved: what was learned from.
         learned: of the same linears.
     """
-    linears = {}
+    linears, scales = {}, _by_name([block], [solved.scales])
     for name, coded in solved.linears.items():
         qt = learned.weights[name]
         if qt is coded.qtensor:
             linears[name] = coded
             continue
         weight = weight_of(block.module.get_submodule(name))
-        second = _second(block, solved.scales, name)
+        into, out = scales[block.full(name)]
+        second = _second(block, name, into)
         divisors = torch.ones_like(weight[:, 0])
-        for scale in solved.scales:
-            if scale.fold.prev == name:
-                divisors[scale.fold.index.to(divisors.device)] = scale.scales
+        if out is not None:
+            divisors[out.fold.index.to(divisors.device)] = out.scales
         before, after = (
             (output_error(each.dequantize() - weight, second) * divisors.square()).sum().item()
             for each in (coded.qtensor, qt)
@@ -413,11 +413,10 @@ def with_learned(block: LoadedBlock, solved: SolvedBlock, learned: Learned) -> S
     return SolvedBlock(linears, solved.scales, learned)
 
 
-def _second(block: LoadedBlock, scales: list[FoldScale], name: str) -> Tensor | None:
-    """H of what a linear of a folded block gets."""
+def _second(block: LoadedBlock, name: str, into: FoldScale | None) -> Tensor | None:
+    """H of what a linear gets when the scale of its input, if any, is folded in."""
     group = next(group for group in block.structure.groups if name in group)
     if group[0] not in block.moments:
         return None
     second = block.moments[group[0]].second
-    own = next((each for each in scales if name in each.fold.sinks), None)
-    return second if own is None else second / own.scales[:, None] / own.scales
+    return second if into is None else second / into.scales[:, None] / into.scales

@@ -37,7 +37,6 @@ import torch
 from torch import Tensor
 
 from salience.calibration import micro_batch, record_inputs, run_block
-from salience.checkpoint import SafetensorsCheckpoint
 from salience.engine import embeddings_loaded
 from salience.errors import DoesNotFitError
 from salience.formats import Dense
@@ -100,8 +99,7 @@ def _tune(
             return {"skipped": "its blocks leave something for later ones"}
         with job.phase("end to end"):
             count = len(job.blocks) + bool(job.outside)
-            files = [journal.block_file(index) for index in range(count)]
-            student = Student(job, SafetensorsCheckpoint(journal.folder, files), not on_disk)
+            student = Student(job, journal.checkpoint(range(count)), not on_disk)
             trainer = Trainer(job, student, tokens, targets, settings)
             state = journal.load_state()
             if state is not None:

@@ -23,7 +23,7 @@ this list, and the same command goes on from it. Another command is told what di
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -231,10 +231,6 @@ class Journal:
                 f"{path} is damaged ({error}); delete {self.folder} to start over"
             ) from None
 
-    def block_file(self, index: int) -> Path:
-        """Where the tensors of a block that is done are."""
-        return self._tensors(index)
-
     @property
     def teacher_file(self) -> Path:
         """Where the hidden states that leave the float model's last block may be."""
@@ -268,7 +264,7 @@ class Journal:
             StorageError: damaged.
         """
         path = self._tuned(index)
-        if self.tuning() is None or not path.exists():
+        if not (self.folder / _TUNED).exists() or not path.exists():
             return {}
         with self._undamaged(path), safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -289,15 +285,15 @@ class Journal:
         with self._undamaged(path):
             return read_json(path)
 
-    def checkpoint(self, index: int) -> SafetensorsCheckpoint:
-        """The tensors of a block that is done, as a checkpoint.
+    def checkpoint(self, indices: Iterable[int]) -> SafetensorsCheckpoint:
+        """The tensors of blocks that are done, as one checkpoint.
 
         Raises:
             StorageError: damaged.
         """
-        path = self._tensors(index)
-        with self._undamaged(path):
-            return SafetensorsCheckpoint(self.folder, [path])
+        paths = [self._tensors(index) for index in indices]
+        with self._undamaged(self.folder):
+            return SafetensorsCheckpoint(self.folder, paths)
 
     def hidden_file(self, index: int, kind: str = "hidden") -> Path:
         """Where the hidden states that enter a block are or would be."""

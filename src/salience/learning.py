@@ -135,7 +135,7 @@ def decoded(job: Job, journal: Journal, index: int) -> Iterator[nn.Module]:
         StorageError: a damaged file.
     """
     block, name = job.blocks[index], job.block_name(index)
-    stored: Checkpoint = journal.checkpoint(index)
+    stored: Checkpoint = journal.checkpoint([index])
     if isinstance(job.weights, ModelWeights):
         stored = ModelWeights(stored, job.skeleton)
     names = stored.names()

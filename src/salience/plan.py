@@ -538,11 +538,10 @@ def _seconds(
         weights = sum(weight_of(m).numel() for m in linears(blocks).values())
         squares = sum(columns**2 for block in blocks for _, columns in _groups(block))
         seconds["statistics"] = 2 * tokens * (weights + squares) / fast
+        batch = _batch_tokens(calibration, method, device)
         if method.folds:  # each is proved by two runs of a micro-batch
-            batch = _batch_tokens(calibration, method, device)
             seconds["statistics"] += 4 * batch * weights / flops
         if method.learns is not None:
-            batch = _batch_tokens(calibration, method, device)
             seconds["learn"] = _learn_seconds(method.learns, tokens, batch, weights, fast, device)
     each = _search_cost(next(iter(schemes.values())), method, device)
     held = window(blocks, device, method.learns is not None)

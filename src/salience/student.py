@@ -151,16 +151,21 @@ class Student:
         )
         return found.scheme == qt.scheme and all(same)
 
+    def _named(self, index: int, moved: Tensor) -> dict[str, Tensor]:
+        """The numbers of a block by the names of its slots, in their shapes."""
+        slots = self.slots[index]
+        parts = moved.split([slot.shape.numel() for slot in slots])
+        return {s.name: part.view(s.shape) for s, part in zip(slots, parts, strict=True)}
+
     def _values(self, index: int, block: Decoded, moved: Tensor) -> dict[str, Tensor]:
         """Every parameter of a block with its numbers moved by `moved`, one after the other."""
         values = {}
-        parts = moved.split([slot.shape.numel() for slot in self.slots[index]])
-        named = {s.name: p.view(s.shape) for s, p in zip(self.slots[index], parts, strict=True)}
+        named = self._named(index, moved)
         for name, stored in block.floats.items():
-            start = stored.to(self._dtype)
-            values[name] = start
-            if name in named:
-                values[name] = _Rounded.apply(start + start.abs() * named[name], stored.dtype)
+            by = named.get(name)
+            values[name] = (
+                stored.to(self._dtype) if by is None else moved_leaf(stored, by, self._dtype)
+            )
         for name, qt in block.linears.items():
             scales = qt.scales.to(self._dtype)
             if name in named:
@@ -208,10 +213,10 @@ class Student:
     def tensors(self, index: int, moved: Tensor) -> dict[str, Tensor]:
         """The stored tensors of a block that change when its numbers are moved."""
         job, name, block = self._job, self._job.block_name(index), self.decoded(index)
-        parts = moved.split([slot.shape.numel() for slot in self.slots[index]])
+        named = self._named(index, moved)
         made: dict[str, Tensor] = {}
-        for slot, part in zip(self.slots[index], parts, strict=True):
-            full, by = f"{name}.{slot.name}", part.view(slot.shape)
+        for slot in self.slots[index]:
+            full, by = f"{name}.{slot.name}", named[slot.name]
             if slot.codes:
                 before = block.linears[slot.name]
                 scales = rounded(before.scales.to(self._dtype), 1 + by, before.scales.dtype)
@@ -232,8 +237,7 @@ class Student:
 
 def moved_float(stored: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
     """A norm's weight or a bias, moved and as it is stored then."""
-    start = stored.to(dtype)
-    return (start + start.abs() * by).to(stored.dtype)
+    return moved_leaf(stored, by, dtype).to(stored.dtype)
 
 
 def moved_leaf(stored: Tensor, by: Tensor, dtype: torch.dtype) -> Tensor:
