@@ -83,7 +83,7 @@ class Student:
         config = job.fmt.config(job.schemes, job.float_names, job.outside, job.method.act_order)
         self._reader: Reader = detect_format(config)
         self._kept: dict[int, Decoded] = {}
-        self._resident = resident
+        self.resident = resident
         self.slots: list[list[Slot]] = []
         self.ends = [0]
         for index in range(len(job.blocks)):
@@ -114,7 +114,7 @@ class Student:
                 # A copy: what is read is a view of the file.
                 floats[local] = self._stored.tensor(f"{name}.{local}").to(job.device, copy=True)
         found = Decoded(linears, floats)
-        if self._resident:
+        if self.resident:
             self._kept[index] = found
         return found
 

@@ -10,7 +10,7 @@ can be found again from the number of the step.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from salience.calibration import record_inputs
+from salience.capture import captured
 from salience.distillation import Tails
 from salience.job import Job
 from salience.loading import set_tensor
@@ -72,6 +73,15 @@ class Trainer:
         self.moved, self.mean, self.square = torch.zeros(3, count, dtype=dtype, device=job.device)
         self.best = torch.zeros_like(self.moved)
         self._rates = self._make_rates(count)
+        self._arguments = record_inputs(
+            job.skeleton, job.blocks, tokens, size, job.device, lambda _part, _hidden: None
+        )
+        self._part, self._hidden, self._target = 0, *self._enter(0)
+        self._gradient = torch.zeros_like(self.moved)
+        self._total = torch.zeros((), dtype=torch.float64, device=job.device)
+        self._find: Callable[[], None] = self._find_gradient
+        if job.device.type == "cuda" and student.resident and not self._arguments.others:
+            self._find = captured(self._find, [self._gradient, self._total])
         self.step = 0
         self.history: list[dict[str, float]] = []
         self._sum = 0.0
@@ -143,46 +153,54 @@ class Trainer:
         self.moved.clamp_(-FURTHEST, FURTHEST)
 
     def gradient(self, part: int) -> tuple[float, Tensor]:
-        """The mean divergence of a micro-batch, and its gradient [count]."""
-        student, gradient = self.student, torch.zeros_like(self.moved)
-        hidden, inputs, arguments = self._forward(part, self.moved)
+        """The mean divergence of a micro-batch, and its gradient [count], which the next replaces.
+
+        On a GPU it is one graph of thousands of small kernels, where all codes are there.
+        """
+        self._part = part
+        for kept, new in zip((self._hidden, self._target), self._enter(part), strict=True):
+            kept.copy_(new)
+        self._find()
+        return self._total.item() / self._tokens[part].numel(), self._gradient
+
+    def _find_gradient(self) -> None:
+        student, gradient = self.student, self._gradient
+        inputs = [self._hidden]
+        for index in range(len(self._job.blocks)):
+            inputs.append(self._run(index, self._part, self.moved, inputs[-1]))
         leaves = {
             each.name: self._value(each, self.moved).detach().requires_grad_()
             for each in self._outside
         }
-        tokens = self._tokens[part].numel()
-        target = self._target(part)
-        total, back, found = self._tails.gradients(hidden, target, leaves, 1 / tokens)
+        scale = 1 / self._tokens[0].numel()
+        total, back, found = self._tails.gradients(inputs.pop(), self._target, leaves, scale)
+        self._total.copy_(total)
         for each, own in zip(self._outside, found, strict=True):
             if own is not None:
                 gradient[each.place] = own * each.stored.to(self._dtype).abs()
         for index in reversed(range(len(inputs))):
             place = student.part(index)
-            args = arguments.of(index, 0)
+            args = self._arguments.of(index, self._part)
             back, own = student.backward(index, self.moved[place], inputs.pop(), args, back)
             gradient[place] = own
-        return total.item() / tokens, gradient
 
-    def _forward(self, part: int, moved: Tensor) -> tuple[Tensor, list[Tensor], Any]:
-        """What leaves the last block, what enters each, and what else they are called with."""
-        job, student = self._job, self.student
+    def _run(self, index: int, part: int, moved: Tensor, hidden: Tensor) -> Tensor:
+        place, args = self.student.part(index), self._arguments.of(index, part)
+        return self.student.run(index, moved[place], hidden, args)
+
+    def _enter(self, part: int) -> tuple[Tensor, Tensor]:
+        """What enters the first block, and what leaves the teacher's last."""
+        job, tokens = self._job, self._tokens[part]
         states: list[Tensor] = []
-        tokens = self._tokens[part]
-        arguments = record_inputs(
+        record_inputs(
             job.skeleton,
             job.blocks,
             tokens,
             len(tokens),
             job.device,
-            lambda _, hidden: states.append(hidden.to(self._dtype)),
+            lambda _, hidden: states.append(hidden.to(self._dtype, copy=True)),
         )
-        for index in range(len(job.blocks)):
-            args = arguments.of(index, 0)
-            states.append(student.run(index, moved[student.part(index)], states[-1], args))
-        return states.pop(), states, arguments
-
-    def _target(self, part: int) -> Tensor:
-        return self._targets[part].to(self._job.device, self._dtype)
+        return states[0], self._targets[part].to(job.device, self._dtype, copy=True)
 
     def _value(self, each: _Outside, moved: Tensor) -> Tensor:
         return moved_leaf(each.stored, moved[each.place], self._dtype)
@@ -192,8 +210,10 @@ class Trainer:
         total = 0.0
         values = {each.name: self._value(each, moved) for each in self._outside}
         for part in parts:
-            hidden = self._forward(part, moved)[0]
-            total += self._tails.divergence(hidden, self._target(part), values).item()
+            hidden, target = self._enter(part)
+            for index in range(len(self._job.blocks)):
+                hidden = self._run(index, part, moved, hidden)
+            total += self._tails.divergence(hidden, target, values).item()
         return total / sum(self._tokens[part].numel() for part in parts)
 
     def _measure(self, moved: Tensor) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from salience.capture import captured
 from salience.methods.base import Tuning
 from salience.methods.tuned import Rounding, correction
 from salience.modules import is_transposed, weight_of
@@ -138,6 +139,7 @@ class _Learner:
         self._trained, self._held = tuning.split(examples.count)
         device = self.state[0].device
         self._rates = torch.zeros(2, device=device)
+        self._part = 0
         self._x, self._y = examples.inputs(0).clone(), examples.targets(0).clone()
         self._step: Callable[[], None] = self._iterate
         if device.type == "cuda" and examples.alike:
@@ -198,35 +200,3 @@ class _Learner:
         return {
             name: qt for names, kind in found for name, qt in zip(names, kind.codes(), strict=True)
         }
-
-
-def captured(body: Callable[[], None], state: list[Tensor]) -> Callable[[], None]:
-    """`body` as one CUDA graph: hundreds of small kernels cost one start.
-
-    Args:
-        body: work that reads and writes the same tensors each time.
-        state: those of them that it changes, which are put back after it was tried.
-
-    Returns:
-        The body itself where it cannot be captured, because it waits for the GPU as some mixtures
-        of experts do.
-    """
-    device = state[0].device
-    before = [tensor.clone() for tensor in state]
-    current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    side.wait_stream(current)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            body()
-    current.wait_stream(side)
-    try:
-        with torch.cuda.graph(graph, stream=side):
-            body()
-        replay = graph.replay
-    except RuntimeError:
-        torch.cuda.synchronize(device)
-        replay = body
-    for tensor, value in zip(state, before, strict=True):
-        tensor.copy_(value)
-    return replay
