@@ -133,7 +133,7 @@ def values_of(trainer: Trainer) -> dict[str, Tensor]:
     found = {}
     for index in range(len(job.blocks)):
         moved = trainer.moved[student.part(index)]
-        values = student._values(index, student.decoded(index), moved)
+        values = student._values(index, student.block(index), moved)
         found |= {f"{job.block_name(index)}.{local}": each for local, each in values.items()}
     return found | {e.name: trainer._value(e, trainer.moved) for e in trainer._outside}
 
@@ -153,7 +153,7 @@ def by_number(trainer: Trainer, weights: dict[str, Tensor | None]) -> Tensor:
     student, job = trainer.student, trainer._job
     wanted = torch.zeros_like(trainer.moved)
     for index, slots in enumerate(student.slots):
-        at, block = student.part(index).start, student.decoded(index)
+        at, block = student.part(index).start, student.block(index)
         for slot in slots:
             full = f"{job.block_name(index)}.{slot.name}"
             own = weights[f"{full}.weight" if slot.codes else full]

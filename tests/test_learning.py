@@ -166,8 +166,25 @@ def test_on_disk_or_not(
     assert all(other == first for other in others)
 
 
+@pytest.mark.parametrize(
+    ("kind", "scheme", "fmt"),
+    [
+        ("gpt2", "w3g16", "compressed-tensors"),
+        ("qwen3_moe", "w3g16", "compressed-tensors"),
+        ("llama", "w4g16", "gptq"),
+        ("llama", "w4g32-sym", "gptq"),
+        ("llama", "w4g32", "awq"),
+        ("llama", "w4g32", "gguf"),
+    ],
+)
 def test_decoded_is_what_was_written(
-    models: dict[str, Path], calibration: Calibration, tmp_path: Path, monkeypatch: Any
+    kind: str,
+    scheme: str,
+    fmt: str,
+    models: dict[str, Path],
+    calibration: Calibration,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Outputs of the journal's blocks are those of the loaded checkpoint, but for rounding."""
     seen: list[Tensor] = []
@@ -178,18 +195,17 @@ def test_decoded_is_what_was_written(
         seen.append(self._coded.get(0).clone())
 
     monkeypatch.setattr(Pupil, "advance", noted)
-    for kind in ("gpt2", "qwen3_moe"):
-        seen.clear()
-        best(models[kind], tmp_path / kind, calibration)
-        model = salience.load(tmp_path / kind, keep=["."])
-        # The embeddings that a block learned from were not rounded to fp16 yet.
-        embeddings = model.get_input_embeddings()
-        embeddings.load_state_dict(salience.load(models[kind]).get_input_embeddings().state_dict())
-        x, arguments = inputs(model, calibration.tokens(open_source(str(models[kind])).tokenizer))
-        for index, block in enumerate(find_blocks(model)[1]):
-            with torch.no_grad():
-                x = run_block(block, x, arguments.of(index, 0))
-            assert error(x, seen[index]) < 2e-3, kind
+    out = tmp_path / "out"
+    best(models[kind], out, calibration, scheme=scheme, format=fmt)
+    model = salience.load(out, keep=["."])
+    # The embeddings that a block learned from were not rounded to fp16 yet.
+    embeddings = model.get_input_embeddings()
+    embeddings.load_state_dict(salience.load(models[kind]).get_input_embeddings().state_dict())
+    x, arguments = inputs(model, calibration.tokens(open_source(str(models[kind])).tokenizer))
+    for index, block in enumerate(find_blocks(model)[1]):
+        with torch.no_grad():
+            x = run_block(block, x, arguments.of(index, 0))
+        assert error(x, seen[index]) < 2e-3
 
 
 def inputs(model: Any, tokens: Tensor) -> tuple[Tensor, BlockArguments]:

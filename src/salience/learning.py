@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from salience.block import LoadedBlock, SolvedBlock, with_learned
 from salience.calibration import BlockArguments, run_block
-from salience.checkpoint import Checkpoint
-from salience.conversion import ModelWeights
 from salience.errors import SalienceError
+from salience.finished import Finished
 from salience.hidden import HiddenStates
 from salience.job import Job
 from salience.journal import Journal
@@ -129,30 +128,19 @@ class Pupil:
 
 @contextmanager
 def decoded(job: Job, journal: Journal, index: int) -> Iterator[nn.Module]:
-    """A block with the weights that the journal has of it, as its format's reader decodes them.
+    """A block with the weights that the journal has of it, as they will be read.
 
     Raises:
         StorageError: a damaged file.
     """
-    block, name = job.blocks[index], job.block_name(index)
-    stored: Checkpoint = journal.checkpoint([index])
-    if isinstance(job.weights, ModelWeights):
-        stored = ModelWeights(stored, job.skeleton)
-    names = stored.names()
-    for local, like in list(block.named_parameters()):
-        full = f"{name}.{local}"
-        owner = full.removesuffix(".weight")
-        if owner in job.schemes and full.endswith(".weight"):
-            packed = {
-                part: stored.tensor(f"{owner}.{part}").to(job.device)
-                for part in job.fmt.tensors
-                if f"{owner}.{part}" in names
-            }
-            qt = job.fmt.read(packed, job.schemes[owner])
-            set_tensor(block, local, torch.empty(like.shape, device=job.device))
-            weight_of(block.get_submodule(local.removesuffix(".weight"))).copy_(qt.dequantize())
-        else:
-            set_tensor(block, local, stored.tensor(full).to(job.device).float())
+    block, finished = job.blocks[index], Finished(job, journal.checkpoint([index])).block(index)
+    for name, value in finished.floats.items():
+        set_tensor(block, name, value.float())
+    for name, qt in finished.linears.items():
+        linear = block.get_submodule(name)
+        like = linear.get_parameter("weight")
+        set_tensor(block, f"{name}.weight", torch.empty(like.shape, device=job.device))
+        weight_of(linear).copy_(qt.dequantize())
     try:
         yield block
     finally:

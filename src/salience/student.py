@@ -26,8 +26,8 @@ from torch.func import functional_call
 from salience.calibration import Arguments
 from salience.checkpoint import Checkpoint
 from salience.codebook import table
-from salience.conversion import ModelWeights, stored_module, stored_tensors
-from salience.formats import Reader, detect_format
+from salience.conversion import stored_module, stored_tensors
+from salience.finished import Finished, FinishedBlock
 from salience.job import Job
 from salience.modules import is_transposed
 from salience.qtensor import QTensor
@@ -50,19 +50,6 @@ class Slot:
     codes: bool
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Decoded:
-    """What is stored of a block, on the device.
-
-    Args:
-        linears: by local name.
-        floats: all other parameters by local name, as they are stored.
-    """
-
-    linears: dict[str, QTensor]
-    floats: dict[str, Tensor]
-
-
 class Student:
     """The blocks of a quantized model, each of which can run with its numbers moved.
 
@@ -78,16 +65,13 @@ class Student:
     ) -> None:
         self._job = job
         self._dtype = dtype
-        packed = isinstance(job.weights, ModelWeights)
-        self._stored: Checkpoint = ModelWeights(stored, job.skeleton) if packed else stored
-        config = job.fmt.config(job.schemes, job.float_names, job.outside, job.method.act_order)
-        self._reader: Reader = detect_format(config)
-        self._kept: dict[int, Decoded] = {}
+        self._finished = Finished(job, stored)
+        self._kept: dict[int, FinishedBlock] = {}
         self.resident = resident
         self.slots: list[list[Slot]] = []
         self.ends = [0]
         for index in range(len(job.blocks)):
-            self.slots.append(self._slots(self.decoded(index)))
+            self.slots.append(self._slots(self.block(index)))
             count = sum(slot.shape.numel() for slot in self.slots[-1])
             self.ends.append(self.ends[-1] + count)
 
@@ -100,34 +84,20 @@ class Student:
         """Where the numbers of a block are among those of all blocks."""
         return slice(self.ends[index], self.ends[index + 1])
 
-    def decoded(self, index: int) -> Decoded:
+    def block(self, index: int) -> FinishedBlock:
         """A block as it is stored."""
         if index in self._kept:
             return self._kept[index]
-        job, name = self._job, self._job.block_name(index)
-        linears, floats = {}, {}
-        for local, _ in job.blocks[index].named_parameters():
-            owner = local.removesuffix(".weight")
-            if f"{name}.{owner}" in job.schemes and owner != local:
-                linears[owner] = self.linear(f"{name}.{owner}")
-            else:
-                # A copy: what is read is a view of the file.
-                floats[local] = self._stored.tensor(f"{name}.{local}").to(job.device, copy=True)
-        found = Decoded(linears, floats)
+        found = self._finished.block(index)
         if self.resident:
             self._kept[index] = found
         return found
 
     def linear(self, name: str) -> QTensor:
         """A quantized linear or embedding by its full name."""
-        tensors = {
-            local: self._stored.tensor(full).to(self._job.device)
-            for local in self._reader.tensors
-            if (full := f"{name}.{local}") in self._stored.names()
-        }
-        return self._reader.read(tensors, self._job.schemes[name])
+        return self._finished.linear(name)
 
-    def _slots(self, block: Decoded) -> list[Slot]:
+    def _slots(self, block: FinishedBlock) -> list[Slot]:
         slots = [
             Slot(name, qt.scales.shape, True)
             for name, qt in block.linears.items()
@@ -144,7 +114,7 @@ class Student:
         if qt.nested is not None:
             return False
         moved = _with_scales(qt, rounded(qt.scales.float(), 1 + 2.0**-7, qt.scales.dtype))
-        found = self._reader.read(self._job.fmt.write(moved), qt.scheme)
+        found = self._finished.reader.read(self._job.fmt.write(moved), qt.scheme)
         same = (
             torch.equal(a, b)
             for a, b in ((found.q, qt.q), (found.zeros, qt.zeros), (found.scales, moved.scales))
@@ -157,7 +127,7 @@ class Student:
         parts = moved.split([slot.shape.numel() for slot in slots])
         return {s.name: part.view(s.shape) for s, part in zip(slots, parts, strict=True)}
 
-    def _values(self, index: int, block: Decoded, moved: Tensor) -> dict[str, Tensor]:
+    def _values(self, index: int, block: FinishedBlock, moved: Tensor) -> dict[str, Tensor]:
         """Every parameter of a block with its numbers moved by `moved`, one after the other."""
         values = {}
         named = self._named(index, moved)
@@ -185,7 +155,7 @@ class Student:
             arguments: what else it is called with.
         """
         args, kwargs = arguments
-        values = self._values(index, self.decoded(index), moved)
+        values = self._values(index, self.block(index), moved)
         block = self._job.blocks[index]
         out = functional_call(block, values, (hidden, *args), kwargs, tie_weights=False)
         return out if isinstance(out, Tensor) else out[0]
@@ -212,7 +182,7 @@ class Student:
     @torch.no_grad()
     def tensors(self, index: int, moved: Tensor) -> dict[str, Tensor]:
         """The stored tensors of a block that change when its numbers are moved."""
-        job, name, block = self._job, self._job.block_name(index), self.decoded(index)
+        job, name, block = self._job, self._job.block_name(index), self.block(index)
         named = self._named(index, moved)
         made: dict[str, Tensor] = {}
         for slot in self.slots[index]:
