@@ -97,7 +97,7 @@ def test_equals_fp64(
     name: str, slices: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_HEAD_NUMBERS", slices)
-    monkeypatch.setattr(module, "_SLICE_NUMBERS", slices // 2)
+    monkeypatch.setattr(module, "_SLICE_NUMBERS", {"cpu": slices // 2})
     config = architecture(name)
     tame(config)
     model, text = make_model(config), text_of()

@@ -33,7 +33,9 @@ from salience.writer import disk_errors
 Progress = Callable[[str, int, int], None]
 
 _HEAD_NUMBERS = 2**24  # logits that are made at once
-_SLICE_NUMBERS = 2**18  # logits that are looked at together: a few such fit in a cache
+# Logits that are looked at together: on a CPU a few such fit in a cache; on a GPU, where starting
+# the kernels took longer than all else, they are many.
+_SLICE_NUMBERS = {"cpu": 2**18, "cuda": 2**26}
 
 
 @dataclass(frozen=True, slots=True)
@@ -334,8 +336,9 @@ def _counted(chunks: Tensor, progress: Progress | None) -> Iterator[Tensor]:
 
 
 def _slices(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Rows of some tensors, so few at a time that they stay in a cache."""
-    rows = max(1, _SLICE_NUMBERS // tensors[0].shape[1])
+    """Some rows of each at a time."""
+    numbers = _SLICE_NUMBERS.get(tensors[0].device.type, _SLICE_NUMBERS["cpu"])
+    rows = max(1, numbers // tensors[0].shape[1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
