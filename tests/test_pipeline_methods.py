@@ -436,7 +436,8 @@ def test_max_memory_puts_hidden_states_on_the_disk(
         right(*args)
 
     monkeypatch.setattr(pipeline, "run_blocks", run_blocks)
-    monkeypatch.setattr("salience.plan.peak_rss_bytes", lambda: 0)
+    for module in ("plan", "plan_bytes"):
+        monkeypatch.setattr(f"salience.{module}.peak_rss_bytes", lambda: 0)
     options: dict[str, Any] = {"scheme": "w4g32", "calibration": calibration}
     salience.quantize(str(two), tmp_path / "memory", max_memory=2**33, **options)
     job = prepare(str(two), scheme="w4g32", device="cpu").job

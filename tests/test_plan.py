@@ -13,12 +13,14 @@ from transformers import Qwen2Config
 import salience
 from helpers_checkpoint import refuse
 from salience import plan as module
+from salience import plan_bytes, plan_seconds
 from salience.calibration import Calibration
 from salience.cli.app import main
 from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import AutoAwq, Gguf
 from salience.methods import Method, get_method
-from salience.plan import Budget, Plan, checkpoint_bytes, choose_budget, device_memory, make_plan
+from salience.plan import Budget, Plan, choose_budget, make_plan
+from salience.plan_bytes import checkpoint_bytes, device_memory
 from salience.prepare import prepare
 from salience.recipe import Recipe
 from salience.report import read_report
@@ -74,8 +76,9 @@ def budget(folder: Path, max_memory: int | None, method: str = "awq", samples: i
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "matmul_flops", lambda _device, _size: 1e11)
-    monkeypatch.setattr(module, "peak_rss_bytes", lambda: 2**28)
+    monkeypatch.setattr(plan_seconds, "matmul_flops", lambda _device, _size: 1e11)
+    for each in (module, plan_bytes):
+        monkeypatch.setattr(each, "peak_rss_bytes", lambda: 2**28)
 
 
 @pytest.mark.parametrize("scheme", ["w4g16", "w4g32", "w4g64"])
@@ -257,8 +260,8 @@ def test_time_of_tuning(llama: Path) -> None:
 
 
 def test_time_by_phase(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = module._Cost(start=1e-5, row=1e-8)
-    monkeypatch.setattr(module, "_search_cost", lambda *_args: cost)
+    cost = plan_seconds._Cost(start=1e-5, row=1e-8)
+    monkeypatch.setattr(plan_seconds, "_search_cost", lambda *_args: cost)
     awq, rtn = plan(llama, "w4g32"), plan(llama, "w4g32", method="rtn")
     assert set(awq.seconds) == {"read", "statistics", "search"}
     assert set(rtn.seconds) == {"read", "search"}
@@ -287,7 +290,7 @@ def test_time_by_phase(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_small_search_is_that_of_the_method(method: str, effort: str, scheme: str) -> None:
-    cost = module._search_cost(Scheme.parse(scheme), get_method(method, effort), CPU)
+    cost = plan_seconds._search_cost(Scheme.parse(scheme), get_method(method, effort), CPU)
     assert 0 <= cost.start < 1 and 0 <= cost.row < 1 and cost.start + cost.row > 0
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from salience.calibration import record_inputs, run_block
 from salience.checkpoint import Checkpoint
+from salience.checks import check_source
 from salience.conversion import ModelWeights
 from salience.engine import PROBE_SHAPE, embeddings_loaded
 from salience.errors import SalienceError
@@ -32,7 +33,6 @@ from salience.formats import get_format
 from salience.job import Job
 from salience.methods import get_method
 from salience.modules import find_blocks, linears
-from salience.plan import check_source
 from salience.source import Source
 
 _KEY = "intermediate_size"

@@ -31,7 +31,8 @@ from salience.job import Job, Progress, identity
 from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.loading import read_tensor
 from salience.machine import peak_rss_bytes
-from salience.plan import Budget, checkpoint_bytes, choose_budget, job_bits, mean_bits
+from salience.plan import Budget, choose_budget
+from salience.plan_bytes import checkpoint_bytes, job_bits, mean_bits
 from salience.prepare import Prepared, prepare
 from salience.report import BlockReport, Report, read_report, versions
 from salience.scheme import Scheme

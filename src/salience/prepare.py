@@ -8,6 +8,7 @@ weights; a plan goes without it.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from salience.checks import check_act_order, check_schemes, check_source
 from salience.containers import check_container
 from salience.errors import SalienceError
 from salience.formats import Dense, get_format
@@ -15,7 +16,6 @@ from salience.job import Job
 from salience.loading import resolve_device
 from salience.methods import check_method, default_format, default_scheme, get_method
 from salience.padding import pad
-from salience.plan import check_act_order, check_schemes, check_source
 from salience.recipe import Recipe
 from salience.scheme import Scheme
 from salience.search import Search

@@ -24,7 +24,7 @@ from salience.errors import SalienceError, StorageError
 from salience.formats import FORMATS, Format
 from salience.job import Job
 from salience.journal import Journal
-from salience.plan import stored_bits
+from salience.plan_bytes import stored_bits
 from salience.recipe import Recipe
 from salience.scheme import Scheme
 from salience.sensitivity import Sensitivity, measure
