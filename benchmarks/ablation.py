@@ -51,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--schemes", nargs="+", default=SCHEMES)
-    parser.add_argument("--rows", nargs="+", default=list(LADDER), choices=list(LADDER))
+    parser.add_argument("--rows", nargs="*", default=list(LADDER), choices=list(LADDER))
     parser.add_argument("--calibration", default=DEFAULT_TEXT)
     parser.add_argument("--text", required=True)
     parser.add_argument("--samples", type=int, default=128)
