@@ -54,6 +54,21 @@ def quality() -> str:
     return _rows("| | w4g64 | w3g64 | statistics and search, seconds |", rows)
 
 
+def best() -> str:
+    """Perplexity on two texts, and seconds of the whole command."""
+    names = {"+ end to end": "`--effort best`", "auto-round": "AutoRound 0.15.1", "float": "float"}
+    rows = [
+        [
+            names[row["row"]],
+            "" if row["row"] == "float" else row["scheme"],
+            *(_hundredths(row[text]) for text in ("text", "pydoc")),
+            f"{row['seconds']:.0f}" if row["seconds"] else "",
+        ]
+        for row in load("ablation_wikitext_h100")["rows"]
+    ]
+    return _rows("| | scheme | WikiText-2 test | Python's documentation | seconds |", rows)
+
+
 def decode() -> str:
     """Tokens a second and memory of an 8B shape."""
     rows = []
@@ -153,6 +168,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "decode": decode,
     "kernels": kernels,
     "quality": quality,
+    "best": best,
     "schemes": schemes,
 }
 

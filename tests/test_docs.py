@@ -276,11 +276,14 @@ def test_tables_hold_the_numbers_of_the_readme(hooks: Any) -> None:
     for option in ("--method gptq", "--effort balanced"):
         four, three = re.search(rf"`{option}` \| ([*\d.]+) \| ([*\d.]+)", readme).groups()  # type: ignore[union-attr]
         assert f"`{option}` | {four.strip('*')} | {three.strip('*')} |" in table
-    for rate in ("432", "5114", "163", "2419"):
+    best = hooks.figures.table("best")
+    for scheme, value in (("w4g64", "18.88"), ("w3g64", "20.21"), ("w3g64", "21.73")):
+        assert value in readme and f"| {scheme} | {value} |" in best
+    for rate in ("452", "5680", "166", "2514"):
         assert rate in readme and f"| {rate} |" in hooks.figures.table("decode")
 
 
-@pytest.mark.parametrize("name", ["cost", "cpu", "decode", "kernels", "quality", "schemes"])
+@pytest.mark.parametrize("name", ["cost", "cpu", "decode", "kernels", "quality", "best", "schemes"])
 def test_tables_are_whole(hooks: Any, name: str) -> None:
     rows = hooks.figures.table(name).splitlines()
     assert len(rows) > 3
@@ -289,7 +292,7 @@ def test_tables_are_whole(hooks: Any, name: str) -> None:
 
 
 def test_pages_are_filled(hooks: Any) -> None:
-    assert hooks.filled("{{ figure kills }}, {{ figure faster 1 }}") == "100, 2.6"
+    assert hooks.filled("{{ figure kills }}, {{ figure faster 1 }}") == "100, 2.7"
     excerpt = hooks.filled("{{ source salience.grid.value_range }}")
     assert excerpt.startswith('```python title="src/salience/grid.py, line ')
     assert "def value_range(" in excerpt and "stretched to hold 0: two" not in excerpt

@@ -29,7 +29,7 @@ from salience.trainer import Trainer
 from tiny_architectures import architecture
 from tiny_models import error, llama_config, make_model, make_tokenizer, random_tokens, save
 
-SETTINGS = EndToEnd(passes=2, steps=8, held_out=8, rate=2e-3, float_rate=2e-3)
+SETTINGS = EndToEnd(passes=2, steps=8, held_out=8, rate=0.03, float_rate=2e-3)
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +263,7 @@ def test_formats(
     scheme: str,
 ) -> None:
     """Codes and zeros stay, scales move where the format gives them back as they are."""
-    use(monkeypatch, replace(SETTINGS, rate=5e-4, float_rate=5e-4))
+    use(monkeypatch, replace(SETTINGS, rate=0.01, float_rate=5e-4))
     for effort in ("balanced", "best"):
         made(llama, tmp_path / effort, text, effort=effort, scheme=scheme, format=fmt)
     record = read_report(tmp_path / "best").end_to_end

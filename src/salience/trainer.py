@@ -121,9 +121,13 @@ class Trainer:
     def _make_rates(self, count: int) -> Tensor:
         rates = torch.full((count,), self._settings.float_rate, device=self._job.device)
         for index, slots in enumerate(self.student.slots):
-            scales = sum(slot.shape.numel() for slot in slots if slot.codes)  # they come first
-            start = self.student.part(index).start
-            rates[start : start + scales] = self._settings.rate
+            name, at = self._job.block_name(index), self.student.part(index).start
+            for slot in slots:
+                end = at + slot.shape.numel()
+                if slot.codes:
+                    levels = self._job.schemes[f"{name}.{slot.name}"].levels
+                    rates[at:end] = self._settings.rate / levels
+                at = end
         return rates.to(self._dtype)
 
     def advance(self) -> float:

@@ -86,7 +86,8 @@ class Tuning:
         bound: of the offsets' magnitude.
         held_out: share of the micro-batches that is never trained on; one at least.
         check_every: iterations between two measurements on those.
-        patience: measurements in a row without a better one that end it.
+        patience: measurements in a row without a better one that end it. The loss may rise at first
+            and falls most when the rate is nearly 0, so a few say nothing.
         seed: of the order of the micro-batches.
     """
 
@@ -97,7 +98,7 @@ class Tuning:
     bound: float = 1.0
     held_out: float = 1 / 16
     check_every: int = 20
-    patience: int = 4
+    patience: int = 10
     seed: int = 0
 
     def split(self, count: int) -> tuple[range, range]:
@@ -114,8 +115,9 @@ class EndToEnd:
         passes: over the calibration text.
         tokens: of a step, at most.
         steps: of a pass, at least: a short text is cut into smaller steps.
-        rate: the first step of a scale, relative to it; it falls to 0 along a cosine.
-        float_rate: the same of what is stored float: norms and biases.
+        rate: the first step of a scale, as far as it moves the largest code, in steps of the grid;
+            it falls to 0 along a cosine.
+        float_rate: the same of what is stored float, norms and biases, relative to each.
         held_out: one of so many steps of the text is never trained on.
         seed: of the order of the steps.
     """
@@ -123,7 +125,7 @@ class EndToEnd:
     passes: int = 4
     tokens: int = 4096
     steps: int = 16
-    rate: float = 1e-3
+    rate: float = 0.015
     float_rate: float = 1e-3
     held_out: int = 16
     seed: int = 0
