@@ -26,10 +26,10 @@ import salience
 from salience.calibration import Calibration
 from salience.checkpoint import SafetensorsCheckpoint
 from salience.end_to_end import head_inputs
-from salience.engine import embeddings_loaded
 from salience.loading import read_tensor
 from salience.machine import describe, fast_matmul
 from salience.methods import EndToEnd
+from salience.outside import embeddings_loaded
 from salience.prepare import prepare
 from salience.student import Student
 from salience.trainer import Trainer

@@ -17,10 +17,10 @@ from salience import distillation, pipeline
 from salience.calibration import Calibration, logits_of
 from salience.checkpoint import SafetensorsCheckpoint
 from salience.end_to_end import head_inputs
-from salience.engine import embeddings_loaded
 from salience.loading import set_tensor
 from salience.methods import BEST, EFFORTS, EndToEnd
 from salience.modules import is_transposed
+from salience.outside import embeddings_loaded
 from salience.plan import Budget
 from salience.prepare import prepare
 from salience.report import read_report

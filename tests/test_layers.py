@@ -101,6 +101,7 @@ LAYERS = {
     "salience.search_files": 53,
     "salience.job": 52,
     "salience.finished": 53,
+    "salience.outside": 53,
     "salience.hidden": 53,
     "salience.learning": 54,
     "salience.engine": 55,

@@ -17,7 +17,7 @@ from tiny_models import error
 
 pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.xdist_group("model")]
 
-TOKENS = 40
+TOKENS = 12
 
 
 @pytest.fixture(scope="module")

@@ -37,13 +37,13 @@ import torch
 from torch import Tensor
 
 from salience.calibration import micro_batch, record_inputs, run_block
-from salience.engine import embeddings_loaded
 from salience.errors import DoesNotFitError
 from salience.formats import Dense
 from salience.job import Job
 from salience.journal import Journal
 from salience.machine import fast_matmul, release_memory
 from salience.methods import EndToEnd
+from salience.outside import embeddings_loaded
 from salience.student import Student
 from salience.trainer import Trainer
 from salience.writer import disk_errors

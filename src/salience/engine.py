@@ -8,7 +8,7 @@ time goes into starting kernels.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -33,8 +33,8 @@ from salience.hidden import HiddenStates
 from salience.job import Job
 from salience.journal import Journal
 from salience.learning import Pupil
-from salience.loading import set_tensor
 from salience.machine import fast_matmul, peak_rss_bytes, release_memory
+from salience.outside import Outside, embeddings_loaded
 from salience.report import BlockReport
 from salience.search_files import search_tensors
 from salience.stats import SecondMoment
@@ -471,66 +471,12 @@ class _Engine:
                     run_tail(job.skeleton, job.blocks, tokens, hidden.get(part), _adder(moments))
         if job.search is not None:
             job.search.check_weights("", job.digest(count))
-        holder = _Outside(job)
+        holder = Outside(job)
         structure = Structure([(name,) for name in job.outside], [])
         block = LoadedBlock("", holder, structure, moments)
         with job.phase("search"):
             [solved] = solve([block], job.method, job.schemes.get, job.method.trusted)
         self._save(job, journal, count, block, solved, time.perf_counter() - began)
-
-
-class _Outside(nn.Module):
-    """What is coded of what is in no block, as linears under their full names."""
-
-    def __init__(self, job: Job) -> None:
-        super().__init__()
-        stored = {id(p): name for name, p in job.skeleton.named_parameters()}
-        for name in job.outside:
-            owner: nn.Module = self
-            *path, leaf = name.split(".")
-            for step in path:
-                if not hasattr(owner, step):
-                    owner.add_module(step, nn.Module())
-                owner = owner.get_submodule(step)
-            rows, columns = job.weight_shape(name)
-            linear = nn.Linear(columns, rows, bias=False, device="meta")
-            # A head that is tied to the embeddings has their tensor.
-            weight = job.skeleton.get_submodule(name).weight
-            set_tensor(linear, "weight", job.float_tensor(stored[id(weight)]))
-            owner.add_module(leaf, linear)
-
-
-@contextmanager
-def embeddings_loaded(job: Job, head: bool = False) -> Iterator[None]:
-    """The model with the weights of all that is in no block, an untied head only if wanted."""
-    model = job.skeleton
-    last = None if head else model.get_output_embeddings()
-    shared = {id(p) for p in model.get_input_embeddings().parameters()}
-    unused = {id(p) for p in last.parameters()} - shared if last is not None else set()
-    wanted = [
-        name
-        for name, parameter in model.named_parameters()
-        if not name.startswith(f"{job.prefix}.") and id(parameter) not in unused
-    ]
-    for name in wanted:
-        set_tensor(model, name, job.float_tensor(name))
-    if head:
-        model.tie_weights()
-    _move_buffers(model, job.device)
-    try:
-        yield
-    finally:
-        for name in wanted:
-            like = model.get_parameter(name)
-            set_tensor(model, name, torch.empty_like(like, device="meta"))
-        model.tie_weights()
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module.named_buffers(recurse=False):
-            persistent = name not in module._non_persistent_buffers_set
-            module.register_buffer(name, buffer.to(device), persistent=persistent)
 
 
 def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:

@@ -26,13 +26,14 @@ from salience.calibration import record_inputs, run_block
 from salience.checkpoint import Checkpoint
 from salience.checks import check_source
 from salience.conversion import ModelWeights
-from salience.engine import PROBE_SHAPE, embeddings_loaded
+from salience.engine import PROBE_SHAPE
 from salience.errors import SalienceError
 from salience.folds import PROOF_TOLERANCE, relative_error
 from salience.formats import get_format
 from salience.job import Job
 from salience.methods import get_method
 from salience.modules import find_blocks, linears
+from salience.outside import embeddings_loaded
 from salience.source import Source
 
 _KEY = "intermediate_size"

@@ -44,12 +44,13 @@ from torch import Tensor, nn
 from salience import grid
 from salience.block import LoadedBlock
 from salience.calibration import BACKWARD_TOKENS, Arguments, logits_of, micro_batch, run_block
-from salience.engine import embeddings_loaded, gather
+from salience.engine import gather
 from salience.errors import SalienceError
 from salience.job import Job
 from salience.journal import Journal
 from salience.machine import release_memory
 from salience.methods.base import no_scales
+from salience.outside import embeddings_loaded
 from salience.scheme import Scheme
 from salience.serving import FUSED
 from salience.stats import output_error

@@ -4,6 +4,12 @@
     d      <- d - rate(t) * mean' / sqrt(square')          mean', square' without their bias to 0
     rate(t) = rate * (1 + cos(pi t / steps)) / 2
 
+A scale's rate is over the largest code L of its scheme: what counts is by how much of a step of the
+grid it moves the weights. (SmolLM2, AWQ + GPTQ + learned rounding, four passes on an H100: 2e-3 and
+4e-3 brought w3g64 from 20.80 to 20.38 and 20.25, 1e-3 w4g64 from 18.92 to 18.83; from AWQ + GPTQ
+alone, the held-out divergence of w3g64 fell from 0.259 to 0.178, 0.169, 0.169 and 0.189 with 1e-3,
+2e-3, 4e-3 and 8e-3.)
+
 A pass has few steps (fifteen of 4096 tokens), so the memory of the squares is a hundred steps and
 not the usual thousand. The order of the steps is another one in each pass, from the seed alone: it
 can be found again from the number of the step.
