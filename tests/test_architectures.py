@@ -17,7 +17,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 import salience
-from salience.calibration import Calibration, run_block
+from salience.blockwise import run_block
+from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.formats import AutoAwq
 from salience.structure import (

@@ -14,7 +14,8 @@ from torch.nn import functional as F
 import salience
 from helpers_checkpoint import qtensors
 from salience import distillation, pipeline
-from salience.calibration import Calibration, logits_of
+from salience.blockwise import logits_of
+from salience.calibration import Calibration
 from salience.checkpoint import SafetensorsCheckpoint
 from salience.end_to_end import head_inputs
 from salience.loading import set_tensor

@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, Gemma3Config, Phi3Config, Qwen2Config
 
 import salience
 from helpers_checkpoint import config_of, qtensors, refuse, stored_tensors
-from salience.calibration import Calibration, run_block
+from salience.blockwise import run_block
+from salience.calibration import Calibration
 from salience.formats import AutoAwq, BitsAndBytes, CompressedTensors, detect_format, get_format
 from salience.inspection import inspect
 from salience.qtensor import QTensor

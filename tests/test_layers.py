@@ -79,6 +79,7 @@ LAYERS = {
     "salience.probes": 30,
     "salience.structure": 31,
     "salience.stats": 30,
+    "salience.blockwise": 30,
     "salience.calibration": 30,
     "salience.distillation": 31,
     "salience.methods.base": 40,

@@ -11,7 +11,8 @@ from torch import Tensor
 import salience
 from helpers_checkpoint import qtensors
 from salience import engine, pipeline
-from salience.calibration import BlockArguments, Calibration, record_inputs, run_block
+from salience.blockwise import BlockArguments, record_inputs, run_block
+from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.learning import Pupil
 from salience.methods import BEST, EFFORTS, Tuning

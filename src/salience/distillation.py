@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salience.calibration import logits_of
+from salience.blockwise import logits_of
 
 LOGITS = {"cpu": 2**23, "cuda": 2**27}  # that are made at once, of each of the two models
 

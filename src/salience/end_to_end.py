@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salience.calibration import micro_batch, record_inputs, run_block
+from salience.blockwise import micro_batch, record_inputs, run_block
 from salience.errors import DoesNotFitError
 from salience.formats import Dense
 from salience.job import Job

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from salience.block import LoadedBlock, SolvedBlock, Structure, solve
-from salience.calibration import (
+from salience.blockwise import (
     Arguments,
     BlockArguments,
     micro_batch,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from salience.block import LoadedBlock, SolvedBlock, with_learned
-from salience.calibration import BlockArguments, run_block
+from salience.blockwise import BlockArguments, run_block
 from salience.errors import SalienceError
 from salience.finished import Finished
 from salience.hidden import HiddenStates

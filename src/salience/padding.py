@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from salience.calibration import record_inputs, run_block
+from salience.blockwise import record_inputs, run_block
 from salience.checkpoint import Checkpoint
 from salience.checks import check_source
 from salience.conversion import ModelWeights

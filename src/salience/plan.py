@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from salience.calibration import BACKWARD_TOKENS, Calibration
+from salience.blockwise import BACKWARD_TOKENS
+from salience.calibration import Calibration
 from salience.checks import shapes_of
 from salience.errors import DoesNotFitError
 from salience.job import Job

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from salience.calibration import BACKWARD_TOKENS, Calibration, micro_batch
+from salience.blockwise import BACKWARD_TOKENS, micro_batch
+from salience.calibration import Calibration
 from salience.checks import shape_of, shapes_of
 from salience.distillation import LOGITS
 from salience.engine import window

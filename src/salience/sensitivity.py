@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from salience import grid
 from salience.block import LoadedBlock
-from salience.calibration import BACKWARD_TOKENS, Arguments, logits_of, micro_batch, run_block
+from salience.blockwise import BACKWARD_TOKENS, Arguments, logits_of, micro_batch, run_block
 from salience.engine import gather
 from salience.errors import SalienceError
 from salience.job import Job

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from salience.calibration import Arguments
+from salience.blockwise import Arguments
 from salience.checkpoint import Checkpoint
 from salience.codebook import table
 from salience.conversion import stored_module, stored_tensors

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from salience.calibration import record_inputs
+from salience.blockwise import record_inputs
 from salience.capture import captured
 from salience.distillation import Tails
 from salience.job import Job
