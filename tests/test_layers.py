@@ -14,6 +14,7 @@ ROOT = Path(salience.__file__).parent
 LAYERS = {
     "salience": 0,
     "salience.errors": 0,
+    "salience.adam": 0,
     "salience.capture": 0,
     "salience.machine": 1,
     "salience.monitor": 2,

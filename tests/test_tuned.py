@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from salience import grid
+from salience.adam import correction
 from salience.methods import Tuning
 from salience.methods.learner import Examples, Learned, learn, relative_error
-from salience.methods.tuned import Rounding, correction
+from salience.methods.tuned import Rounding
 from salience.modules import weight_of
 from salience.qtensor import QTensor
 from salience.scheme import Scheme

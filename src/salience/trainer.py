@@ -1,8 +1,7 @@
 """Adam on the numbers of a student model, and the measurements that say which of them to keep.
 
-    mean   <- 0.9 mean + 0.1 g          square <- 0.99 square + 0.01 g^2
-    d      <- d - rate(t) * mean' / sqrt(square')          mean', square' without their bias to 0
-    rate(t) = rate * (1 + cos(pi t / steps)) / 2
+    d       <- d - rate(t) * direction          (`salience.adam`)
+    rate(t) =  rate * (1 + cos(pi t / steps)) / 2
 
 A scale's rate is over the largest code L of its scheme: what counts is by how much of a step of the
 grid it moves the weights. (SmolLM2, AWQ + GPTQ + learned rounding, four passes on an H100: 2e-3 and
@@ -10,9 +9,8 @@ grid it moves the weights. (SmolLM2, AWQ + GPTQ + learned rounding, four passes 
 alone, the held-out divergence of w3g64 fell from 0.259 to 0.178, 0.169, 0.169 and 0.189 with 1e-3,
 2e-3, 4e-3 and 8e-3.)
 
-A pass has few steps (fifteen of 4096 tokens), so the memory of the squares is a hundred steps and
-not the usual thousand. The order of the steps is another one in each pass, from the seed alone: it
-can be found again from the number of the step.
+The order of the steps is another one in each pass, from the seed alone: it can be found again from
+the number of the step.
 """
 
 import math
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salience.adam import Adam, correction
 from salience.blockwise import record_inputs
 from salience.capture import captured
 from salience.distillation import Tails
@@ -31,8 +30,6 @@ from salience.loading import set_tensor
 from salience.methods import EndToEnd
 from salience.student import FURTHEST, Student, moved_float, moved_leaf
 from salience.writer import to_dtype
-
-_MEAN, _SQUARE, _EPSILON = 0.9, 0.99, 1e-12
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,8 @@ class Trainer:
         self._tails = self._make_tails()
         self._outside = self._find_outside()
         count = self._outside[-1].place.stop if self._outside else student.count
-        self.moved, self.mean, self.square = torch.zeros(3, count, dtype=dtype, device=job.device)
+        self.moved = torch.zeros(count, dtype=dtype, device=job.device)
+        self._adam = Adam(self.moved)
         self.best = torch.zeros_like(self.moved)
         self._rates = self._make_rates(count)
         self._arguments = record_inputs(
@@ -147,23 +145,20 @@ class Trainer:
         if not math.isfinite(kl):
             return kl
         self.step += 1
-        self._adam(gradient)
+        self._move(gradient)
         self._sum += kl
         if at == len(self._trained) - 1:
             self._measure(self.moved)
         return kl
 
-    def _adam(self, gradient: Tensor) -> None:
-        self.mean.lerp_(gradient, 1 - _MEAN)
-        self.square.mul_(_SQUARE).addcmul_(gradient, gradient, value=1 - _SQUARE)
+    def _move(self, gradient: Tensor) -> None:
         done = (self.step - 1) / self.total
-        rate = 0.5 * (1 + math.cos(math.pi * done)) / (1 - _MEAN**self.step)
-        spread = (self.square / (1 - _SQUARE**self.step)).sqrt_().add_(_EPSILON)
-        self.moved.addcdiv_(self.mean * self._rates, spread, value=-rate)
+        rate = 0.5 * (1 + math.cos(math.pi * done)) * correction(self.step)
+        self.moved.addcmul_(self._adam.direction(gradient), self._rates, value=-rate)
         self.moved.clamp_(-FURTHEST, FURTHEST)
 
     def gradient(self, part: int) -> tuple[float, Tensor]:
-        """The mean divergence of a micro-batch, and its gradient [count], which the next replaces.
+        """The mean divergence of a micro-batch, and its gradient [count], in memory used again.
 
         On a GPU it is one graph of thousands of small kernels, where all codes are there.
         """
@@ -174,7 +169,7 @@ class Trainer:
         return self._total.item() / self._tokens[part].numel(), self._gradient
 
     def _find_gradient(self) -> None:
-        student, gradient = self.student, self._gradient
+        student, gradient = self.student, self._gradient.zero_()
         inputs = [self._hidden]
         for index in range(len(self._job.blocks)):
             inputs.append(self._run(index, self._part, self.moved, inputs[-1]))
@@ -269,13 +264,16 @@ class Trainer:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """All that the rest of the steps depends on."""
-        tensors = {name: getattr(self, name) for name in ("moved", "mean", "square", "best")}
-        return tensors, {"step": self.step, "history": self.history, "sum": self._sum}
+        return self._tensors(), {"step": self.step, "history": self.history, "sum": self._sum}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        adam = self._adam
+        return {"moved": self.moved, "mean": adam.mean, "square": adam.square, "best": self.best}
 
     def restore(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        for name in ("moved", "mean", "square", "best"):
-            getattr(self, name).copy_(tensors[name])
+        for name, tensor in self._tensors().items():
+            tensor.copy_(tensors[name])
         self.step, self._sum = values["step"], values["sum"]
         self.history = list(values["history"])
 

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from salience.adam import correction
 from salience.capture import captured
 from salience.methods.base import Tuning
-from salience.methods.tuned import Rounding, correction
+from salience.methods.tuned import Rounding
 from salience.modules import is_transposed, weight_of
 from salience.qtensor import QTensor
 

@@ -53,18 +53,12 @@ rates: on the last sequences 0.0374 against 0.0377 plain, 0.0069 against 0.0074 
 import torch
 from torch import Tensor
 
+from salience.adam import Adam
 from salience.qtensor import QTensor
 
-_BETAS = (0.9, 0.99)
-_EPSILON = 1e-12
 _WIDEST = 0.5  # by how much a range may grow or shrink
 _BESIDE = 0.49  # of a step: how far from the start's code the value to round may lie
 _SMALLEST, _LARGEST = 2.0**-24, 65504.0  # fp16 above 0
-
-
-def correction(iteration: int) -> float:
-    """What Adam's rate is multiplied by in an iteration, counted from 1."""
-    return float((1 - _BETAS[1] ** iteration) ** 0.5 / (1 - _BETAS[0] ** iteration))
 
 
 class Rounding:
@@ -94,8 +88,7 @@ class Rounding:
         self.lo, self.hi = -zero * scale, (self.levels - zero) * scale
         self.offset = torch.zeros_like(self.base)
         self.range = torch.zeros(2, *scale.shape, dtype=weight.dtype, device=weight.device)
-        # Adam's two averages of each gradient.
-        self._averages = [torch.zeros_like(each) for each in self.state() for _ in range(2)]
+        self._adams = [Adam(each) for each in self.state()]
         self.value = torch.empty_like(self.base)
         self.gradient = torch.zeros_like(self.base)
         self.round()
@@ -142,18 +135,14 @@ class Rounding:
 
         Args:
             rounding_rate: a number, by how much at most an offset moves; Adam's correction for the
-                zeros that its averages start at (`correction`) is in it.
+                zeros that its averages start at (`salience.adam.correction`) is in it.
             range_rate: likewise a factor of lo or hi.
             bound: of the offsets' magnitude.
         """
         rates, bounds = (rounding_rate, range_rate), (bound, _WIDEST)
-        averages = zip(self._averages[::2], self._averages[1::2], strict=True)
-        everything = zip(self.state(), self.gradients(), averages, rates, bounds, strict=True)
-        for value, gradient, (mean, square), rate, most in everything:
-            mean.lerp_(gradient, 1 - _BETAS[0])
-            square.lerp_(gradient.square_(), 1 - _BETAS[1])
-            move = gradient.copy_(square).sqrt_().add_(_EPSILON).reciprocal_().mul_(mean)
-            value.addcmul_(move, rate, value=-1).clamp_(-most, most)
+        everything = zip(self.state(), self.gradients(), self._adams, rates, bounds, strict=True)
+        for value, gradient, adam, rate, most in everything:
+            value.addcmul_(adam.direction(gradient), rate, value=-1).clamp_(-most, most)
         self.round()
 
     def state(self) -> list[Tensor]:
@@ -162,7 +151,8 @@ class Rounding:
 
     def buffers(self) -> list[Tensor]:
         """All that a step changes."""
-        return [*self.state(), *self._averages, self.value, self.gradient]
+        averages = [each for adam in self._adams for each in (adam.mean, adam.square)]
+        return [*self.state(), *averages, self.value, self.gradient]
 
     def codes(self) -> list[QTensor]:
         """The weights as a checkpoint holds them."""
