@@ -128,6 +128,31 @@ def test_gradients_are_those_of_the_whole_model(
     assert error(gradient, wanted) < 1e-6
 
 
+def test_gradients_with_the_codes_at_hand_or_not(
+    llama: Path, balanced: Path, device: torch.device
+) -> None:
+    """On a GPU, where the codes of all blocks are there, a step is a graph that is replayed."""
+    options = {"effort": "best", "scheme": "w3g32", "format": "compressed-tensors"}
+    job = prepare(str(llama), device=str(device), **options).job
+    pipeline._fill_buffers(job)
+    tokens = random_tokens(16, 16)
+    found = []
+    with torch.no_grad(), embeddings_loaded(job, head=True):
+        targets = head_inputs(job, tokens, None)
+        assert targets is not None
+        for resident in (True, False):
+            student = Student(job, SafetensorsCheckpoint(balanced), resident)
+            trainer = Trainer(job, student, tokens, targets, SETTINGS)
+            for part in (1, 5):
+                trainer.moved += 0.01 * torch.sin(torch.arange(len(trainer.moved), device=device))
+                kl, gradient = trainer.gradient(part)
+                found.append((kl, gradient.clone()))
+    for (one, first), (other, second) in zip(found[:2], found[2:], strict=True):
+        assert one == pytest.approx(other, rel=1e-3)
+        assert error(first, second) < 1e-2
+    assert error(found[0][1], found[1][1]) > 0.1  # other tokens, another gradient
+
+
 def values_of(trainer: Trainer) -> dict[str, Tensor]:
     """Every parameter of the blocks and the norms after them, by full name, moved."""
     student, job = trainer.student, trainer._job
