@@ -45,12 +45,6 @@ def command(*words: str) -> Any:
     return json.loads(done.stdout)
 
 
-def evaluated(folder: Path | str) -> float:
-    found = command("eval", str(folder), "--context", str(CONTEXT), "--max-chunks", "1")
-    assert found["tokens"] == CONTEXT - 1
-    return float(found["perplexity"])
-
-
 @dataclass(frozen=True)
 class Made:
     """A quantized folder and what the command said of it."""
@@ -117,13 +111,18 @@ def test_quantize_and_inspect(awq: Made) -> None:
 
 
 def test_awq_loses_half_of_what_rtn_loses(
-    awq: Made, smollm2: str, tmp_path_factory: pytest.TempPathFactory
+    awq: Made, tokenizer: Any, smollm2: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     rtn = tmp_path_factory.mktemp("smollm2") / "rtn"
-    words = ("quantize", smollm2, "-o", str(rtn), "--scheme", SCHEME, "--method", "rtn")
-    command(*words, *BLOCKS)
-    least = evaluated(smollm2)
-    assert 0 < evaluated(awq.folder) - least < 0.5 * (evaluated(rtn) - least)
+    salience.quantize(smollm2, rtn, method="rtn", scheme=SCHEME, only=[BLOCKS[1]], format="awq")
+    words = read_text("pydoc")
+    least, most = (
+        perplexity(salience.load(model), tokenizer, words, CONTEXT, max_chunks=1).perplexity
+        for model in (smollm2, rtn)
+    )
+    found = command("eval", str(awq.folder), "--context", str(CONTEXT), "--max-chunks", "1")
+    assert found["tokens"] == CONTEXT - 1
+    assert 0 < found["perplexity"] - least < 0.5 * (most - least)
 
 
 @torch.no_grad()
