@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--samples", default="128")
     parser.add_argument("--max-chunks", type=int)
+    parser.add_argument("--repeats", default="5", help="of each timing")
     parser.add_argument("--report", default="report.html")
     parser.add_argument("--work", default="compare-work")
     parser.add_argument("--minutes", type=float, default=25)
@@ -39,7 +40,8 @@ def main() -> None:
     args = parser.parse_args()
     command = [sys.executable, "-m", "salience", "compare", args.model, *args.models]
     command += ["--scheme", args.scheme, "--text", args.text, "--calibration", args.calibration]
-    command += ["--samples", args.samples, "-o", args.report, "--work", args.work]
+    command += ["--samples", args.samples, "--repeats", args.repeats]
+    command += ["-o", args.report, "--work", args.work]
     command += ["--force", "--json"]
     if args.max_chunks is not None:
         command += ["--max-chunks", str(args.max_chunks)]
