@@ -16,6 +16,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -90,17 +91,18 @@ def main() -> None:
     add("float", "float", 0.0, None, whole)
     for scheme in args.schemes:
         for name in args.rows:
-            for seconds, vram, model in made_by_salience(args, scheme, name, calibration):
-                add(name, scheme, seconds, vram, model)
+            with made_by_salience(args, scheme, name, calibration) as made:
+                add(name, scheme, *made)
         if args.autoround:
             tokens = calibration.tokens(tokenizer)
             add("auto-round", scheme, *made_by_autoround(args, scheme, tokens, tokenizer))
 
 
+@contextmanager
 def made_by_salience(
     args: argparse.Namespace, scheme: str, name: str, calibration: salience.Calibration
 ) -> Iterator[tuple[float, int | None, Any]]:
-    """Seconds, peak bytes on the GPU and the model."""
+    """Seconds, peak bytes on the GPU and the model, whose files are there as long as it is."""
     parts = LADDER[name]
     if parts is not None:
         EFFORTS["ablation"] = {"awq": parts}

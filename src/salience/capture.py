@@ -14,10 +14,12 @@ def captured(body: Callable[[], None], state: list[Tensor]) -> Callable[[], None
         state: those of them that it changes, which are put back after it was tried.
 
     Returns:
-        The body itself where it cannot be captured, because it waits for the GPU as some mixtures
-        of experts do.
+        The body itself on a CPU, and where it cannot be captured because it waits for the GPU, as
+        some mixtures of experts do.
     """
     device = state[0].device
+    if device.type != "cuda":
+        return body
     before = [tensor.clone() for tensor in state]
     current, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     side.wait_stream(current)

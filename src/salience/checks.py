@@ -8,9 +8,10 @@ from salience.checkpoint import Checkpoint
 from salience.errors import SalienceError
 from salience.formats import Format, stored_config
 from salience.methods import Method
+from salience.modules import shapes_of
 from salience.scheme import Scheme, fitting_group_sizes
 from salience.source import Source
-from salience.structure import codable, find_blocks, weight_of
+from salience.structure import find_blocks
 
 
 def check_source(source: Source, model: nn.Module, weights: Checkpoint) -> None:
@@ -62,14 +63,3 @@ def check_act_order(method: Method, fmt: Format) -> None:
         raise SalienceError(
             f"--format {fmt.name} has no place for the groups of --act-order; use --format gptq"
         )
-
-
-def shapes_of(model: nn.Module, schemes: Mapping[str, Scheme]) -> dict[str, tuple[int, int]]:
-    """(out, in) of each linear to quantize."""
-    found = codable(model)
-    return {name: shape_of(found[name]) for name in schemes}
-
-
-def shape_of(linear: nn.Module) -> tuple[int, int]:
-    rows, columns = weight_of(linear).shape
-    return rows, columns

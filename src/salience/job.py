@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from salience.checkpoint import Checkpoint
 from salience.conversion import stored_owner
 from salience.formats import Format
-from salience.loading import check_finite, read_tensor, set_tensor
+from salience.loading import check_finite, read_tensor, set_tensor, unload
 from salience.methods import Method
-from salience.modules import embeddings
+from salience.modules import embeddings, shape_of, shapes_of
 from salience.recipe import Recipe
 from salience.report import BlockReport, versions
 from salience.scheme import Scheme
 from salience.search import Search
 from salience.serving import Served, kv_heads, skip_list
 from salience.source import Source
-from salience.structure import kept, linears, weight_of
+from salience.structure import kept, linears
 
 Progress = Callable[[str, int, int], None]
 
@@ -109,7 +109,7 @@ class Job:
         return Served(
             format=self.fmt.name,
             schemes=self.schemes,
-            shapes={name: self.weight_shape(name) for name in self.schemes},
+            shapes=shapes_of(self.skeleton, self.schemes),
             kept=self.kept,
             skips=skip_list(config),
             kv_heads=kv_heads(self.source.config),
@@ -119,8 +119,7 @@ class Job:
 
     def weight_shape(self, name: str) -> tuple[int, int]:
         """(out, in) of a linear."""
-        rows, columns = weight_of(self.skeleton.get_submodule(name)).shape
-        return rows, columns
+        return shape_of(self.skeleton.get_submodule(name))
 
     @property
     def outside(self) -> list[str]:
@@ -159,13 +158,13 @@ class Job:
     def loaded(self, index: int) -> Iterator[nn.Module]:
         """A block with its weights in fp32, and back to nothing."""
         block, name = self.blocks[index], self.block_name(index)
-        for local, _ in list(block.named_parameters()):
+        names = [local for local, _ in block.named_parameters()]
+        for local in names:
             set_tensor(block, local, self.float_tensor(f"{name}.{local}"))
         try:
             yield block
         finally:
-            for local, parameter in list(block.named_parameters()):
-                set_tensor(block, local, torch.empty_like(parameter, device="meta"))
+            unload(block, names)
 
     def digest(self, index: int) -> str:
         """A hash of a block's stored weights; after the last block, of the linears in no block."""

@@ -20,7 +20,7 @@ from salience.finished import Finished
 from salience.hidden import HiddenStates
 from salience.job import Job
 from salience.journal import Journal
-from salience.loading import set_tensor
+from salience.loading import set_tensor, unload
 from salience.machine import fast_matmul
 from salience.methods import Tuning
 from salience.methods.learner import Examples, learn
@@ -144,5 +144,4 @@ def decoded(job: Job, journal: Journal, index: int) -> Iterator[nn.Module]:
     try:
         yield block
     finally:
-        for local, parameter in list(block.named_parameters()):
-            set_tensor(block, local, torch.empty_like(parameter, device="meta"))
+        unload(block, [name for name, _ in block.named_parameters()])

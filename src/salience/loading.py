@@ -11,7 +11,7 @@ Where the places are, and what happens to a model larger than the memory, is in
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,12 @@ def set_tensor(model: nn.Module, name: str, value: Tensor) -> None:
     module, _, leaf = name.rpartition(".")
     owner = model.get_submodule(module)
     setattr(owner, leaf, nn.Parameter(value, requires_grad=False))
+
+
+def unload(model: nn.Module, names: Iterable[str]) -> None:
+    """Let go of the memory of the parameters `names` of a model; their shapes stay."""
+    for name in names:
+        set_tensor(model, name, torch.empty_like(model.get_parameter(name), device="meta"))
 
 
 def check_finite(stored: Checkpoint, name: str, value: Tensor) -> None:

@@ -8,7 +8,7 @@ that are close to each other, which weights are used at all, and experts need a 
 """
 
 import copy
-from collections.abc import Container
+from collections.abc import Container, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +104,17 @@ def weight_of(linear: nn.Module) -> Tensor:
     """The weight of a linear as [out, in]: a view, so that writing to it writes to the linear."""
     weight = linear.get_parameter("weight").detach()
     return weight.T if is_transposed(linear) else weight
+
+
+def shape_of(linear: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear."""
+    rows, columns = weight_of(linear).shape
+    return rows, columns
+
+
+def shapes_of(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[int, int]]:
+    """(out, in) of some linears by their names."""
+    return {name: shape_of(model.get_submodule(name)) for name in names}
 
 
 def bias_of(linear: nn.Module) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from salience.job import Job
-from salience.loading import set_tensor
+from salience.loading import set_tensor, unload
 
 
 @contextmanager
@@ -30,9 +30,7 @@ def embeddings_loaded(job: Job, head: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        for name in wanted:
-            like = model.get_parameter(name)
-            set_tensor(model, name, torch.empty_like(like, device="meta"))
+        unload(model, wanted)
         model.tie_weights()
 
 

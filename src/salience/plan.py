@@ -9,11 +9,11 @@ import torch
 
 from salience.blockwise import BACKWARD_TOKENS
 from salience.calibration import Calibration
-from salience.checks import shapes_of
 from salience.errors import DoesNotFitError
 from salience.job import Job
 from salience.machine import available_ram_bytes, free_disk_bytes, peak_rss_bytes
 from salience.methods import Method
+from salience.modules import shapes_of
 from salience.plan_bytes import (
     VECTORS,
     checkpoint_bytes,

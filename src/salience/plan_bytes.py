@@ -11,7 +11,6 @@ from torch import nn
 
 from salience.blockwise import BACKWARD_TOKENS, micro_batch
 from salience.calibration import Calibration
-from salience.checks import shape_of, shapes_of
 from salience.distillation import LOGITS
 from salience.engine import window
 from salience.formats import Dense, Format
@@ -20,6 +19,7 @@ from salience.job import Job
 from salience.machine import peak_rss_bytes
 from salience.methods import EndToEnd, Method
 from salience.methods.awq import TILE_CANDIDATES
+from salience.modules import shape_of, shapes_of
 from salience.scheme import Scheme
 from salience.source import Source
 from salience.structure import find_blocks, linears, weight_of
@@ -238,6 +238,7 @@ def hidden_bytes(model: Any, calibration: Calibration | None, method: Method) ->
 
 
 def batch_tokens(calibration: Calibration, method: Method, device: torch.device) -> int:
+    """Tokens of a micro-batch."""
     samples, seqlen = calibration.samples, calibration.seqlen
     learning = None if method.learns is None else method.learns.batch_tokens
     return seqlen * micro_batch(samples, seqlen, device, learning)

@@ -38,6 +38,11 @@ def seconds_of(
     device: torch.device,
     source_bytes: int,
 ) -> dict[str, float]:
+    """Seconds by phase.
+
+    Args:
+        source_bytes: of what is read.
+    """
     _, blocks = find_blocks(model)
     large = 1024 if device.type == "cpu" else 8192
     flops = matmul_flops(device, large)
@@ -53,9 +58,9 @@ def seconds_of(
         if method.folds:  # each is proved by two runs of a micro-batch
             seconds["statistics"] += 4 * batch * weights / flops
         if method.learns is not None:
-            seconds["learn"] = _learn_seconds(method.learns, tokens, batch, weights, fast, device)
-            if device.type == "cuda":
-                seconds["learn"] += len(blocks) * method.learns.iterations * _ITERATION_SECONDS
+            seconds["learn"] = _learn_seconds(
+                method.learns, tokens, batch, len(blocks), weights, fast, device
+            )
     each = _search_cost(next(iter(schemes.values())), method, device)
     held = window(blocks, device, method.learns is not None)
     search = 0.0
@@ -81,7 +86,13 @@ def seconds_of(
 
 
 def _learn_seconds(
-    tuning: Tuning, tokens: int, batch: int, weights: int, flops: float, device: torch.device
+    tuning: Tuning,
+    tokens: int,
+    batch: int,
+    blocks: int,
+    weights: int,
+    flops: float,
+    device: torch.device,
 ) -> float:
     """Of all blocks: forward and backward, the weights themselves, and the loss held out."""
     _, held = tuning.split(tokens // batch)
@@ -97,7 +108,8 @@ def _learn_seconds(
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         took = time.perf_counter() - start
-    return weights * (products / flops + tuning.iterations * took / weight.numel())
+    starts = blocks * tuning.iterations * _ITERATION_SECONDS if device.type == "cuda" else 0.0
+    return starts + weights * (products / flops + tuning.iterations * took / weight.numel())
 
 
 def _end_to_end_seconds(

@@ -24,6 +24,7 @@ from salience.errors import SalienceError, StorageError
 from salience.formats import FORMATS, Format
 from salience.job import Job
 from salience.journal import Journal
+from salience.modules import shapes_of
 from salience.plan_bytes import stored_bits
 from salience.recipe import Recipe
 from salience.scheme import Scheme
@@ -100,7 +101,7 @@ def set_target(job: Job, recipe: Recipe, target: float, tensor_parallel: int | N
             f"--target-bits measures on the calibration text, and --method {job.method.name} reads "
             "none; use --method awq or gptq"
         )
-    shapes = {name: job.weight_shape(name) for name in job.schemes if name not in job.outside}
+    shapes = shapes_of(job.skeleton, (n for n in job.schemes if n not in job.outside))
     free = {
         name: job.schemes[name]
         for name in shapes
@@ -165,7 +166,7 @@ def solve_target(job: Job, groups: Sequence[Sensitivity]) -> Choice:
     """The choice of the least expected loss within the job's target."""
     target = job.target_bits or 0.0
     fixed = {n: s for n, s in job.schemes.items() if n not in job.options and n not in job.outside}
-    shapes = {name: job.weight_shape(name) for name in (*fixed, *job.options)}
+    shapes = shapes_of(job.skeleton, (*fixed, *job.options))
     weights = sum(rows * columns for rows, columns in shapes.values())
     taken = stored_bits(fixed, {name: shapes[name] for name in fixed}, job.fmt)
     offers: list[list[dict[str, Scheme]]] = []
@@ -237,4 +238,4 @@ def _served(
 def _stored(job: Job, chosen: Mapping[str, Scheme]) -> int:
     """Bits of the linears in the blocks, with some of their schemes replaced."""
     schemes = {n: chosen.get(n, s) for n, s in job.schemes.items() if n not in job.outside}
-    return stored_bits(schemes, {name: job.weight_shape(name) for name in schemes}, job.fmt)
+    return stored_bits(schemes, shapes_of(job.skeleton, schemes), job.fmt)

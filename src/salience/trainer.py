@@ -76,15 +76,16 @@ class Trainer:
         self.moved = torch.zeros(count, dtype=dtype, device=job.device)
         self._adam = Adam(self.moved)
         self.best = torch.zeros_like(self.moved)
-        self._rates = self._make_rates(count)
+        self._rates = self._make_rates()
         self._arguments = record_inputs(
             job.skeleton, job.blocks, tokens, size, job.device, lambda _part, _hidden: None
         )
-        self._part, self._hidden, self._target = 0, *self._enter(0)
+        self._part = 0
+        self._hidden, self._target = (each.clone() for each in self._enter(0))
         self._gradient = torch.zeros_like(self.moved)
         self._total = torch.zeros((), dtype=torch.float64, device=job.device)
         self._find: Callable[[], None] = self._find_gradient
-        if job.device.type == "cuda" and student.resident and not self._arguments.others:
+        if student.resident and not self._arguments.others:
             self._find = captured(self._find, [self._gradient, self._total])
         self.step = 0
         self.history: list[dict[str, float]] = []
@@ -122,17 +123,16 @@ class Trainer:
                 start += value.numel()
         return outside
 
-    def _make_rates(self, count: int) -> Tensor:
-        rates = torch.full((count,), self._settings.float_rate, device=self._job.device)
-        for index, slots in enumerate(self.student.slots):
-            name, at = self._job.block_name(index), self.student.part(index).start
-            for slot in slots:
-                end = at + slot.shape.numel()
+    def _make_rates(self) -> Tensor:
+        job, settings, student = self._job, self._settings, self.student
+        rates = torch.full_like(self.moved, settings.float_rate)
+        for index, slots in enumerate(student.slots):
+            own = rates[student.part(index)].split([slot.shape.numel() for slot in slots])
+            for slot, rate in zip(slots, own, strict=True):
                 if slot.codes:
-                    levels = self._job.schemes[f"{name}.{slot.name}"].levels
-                    rates[at:end] = self._settings.rate / levels
-                at = end
-        return rates.to(self._dtype)
+                    name = f"{job.block_name(index)}.{slot.name}"
+                    rate.fill_(settings.rate / job.schemes[name].levels)
+        return rates
 
     def advance(self) -> float:
         """One step, and a measurement where a pass begins or ends; the mean divergence of it."""
@@ -203,9 +203,9 @@ class Trainer:
             tokens,
             len(tokens),
             job.device,
-            lambda _, hidden: states.append(hidden.to(self._dtype, copy=True)),
+            lambda _, hidden: states.append(hidden.to(self._dtype)),
         )
-        return states[0], self._targets[part].to(job.device, self._dtype, copy=True)
+        return states[0], self._targets[part].to(job.device, self._dtype)
 
     def _value(self, each: _Outside, moved: Tensor) -> Tensor:
         return moved_leaf(each.stored, moved[each.place], self._dtype)

@@ -143,7 +143,7 @@ class _Learner:
         self._part = 0
         self._x, self._y = examples.inputs(0).clone(), examples.targets(0).clone()
         self._step: Callable[[], None] = self._iterate
-        if device.type == "cuda" and examples.alike:
+        if examples.alike:
             changed = [tensor for kind in self._kinds for tensor in kind.buffers()]
             self._step = captured(self._iterate, changed)
 
