@@ -21,6 +21,7 @@ from salience.checkpoint import (
     SafetensorsCheckpoint,
     read_json,
 )
+from salience.gguf_header import read_gguf_header
 
 
 def write_sharded(folder: Path, *shards: dict[str, Tensor]) -> None:
@@ -345,6 +346,47 @@ def test_garbage_gguf(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(data)
     refuse(lambda: GgufCheckpoint(path), path)
+
+
+@pytest.mark.parametrize("alignment", [None, 8, 128])
+def test_gguf_header_is_what_their_reader_finds(tmp_path: Path, alignment: int | None) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    kind = gguf.GGUFValueType
+    numbers = {"UINT8": 255, "INT8": -128, "UINT16": 2**16 - 1, "INT16": -(2**15)}
+    numbers |= {"UINT32": 2**32 - 1, "INT32": -(2**31), "UINT64": 2**64 - 1, "INT64": -(2**63)}
+    for name, value in (numbers | {"FLOAT32": 0.1, "FLOAT64": 0.1, "BOOL": True}).items():
+        writer.add_key_value(name, value, kind[name])
+        writer.add_key_value(f"{name} array", [value, 0, value], kind.ARRAY, kind[name])
+    writer.add_string("text", "a\n\u00fc\U0001f600")
+    writer.add_array("texts", ["", "b\u4e2d", "c" * 300])
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    for each in (Q.F32, Q.Q4_1, Q.F16):
+        writer.add_tensor(each.name, quantized(each, rows=5), raw_dtype=each)
+    writer.add_tensor("Q6_K", numpy.zeros((5, 210), numpy.uint8), raw_dtype=Q.Q6_K)
+    writer.add_tensor("deep", numpy.zeros((2, 3, 5, 7), numpy.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_gguf_header(tmp_path / "x.gguf")
+    theirs = gguf.GGUFReader(tmp_path / "x.gguf")
+    fields = {k: f for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
+    assert {k: f.value() for k, f in found.fields.items()} == {
+        k: f.contents() for k, f in fields.items()
+    }
+    types = {k: [f.kind] if f.of is None else [f.kind, f.of] for k, f in found.fields.items()}
+    assert types == {k: [int(t) for t in f.types] for k, f in fields.items()}
+    assert {k: (t.shape, t.kind, t.place) for k, t in found.tensors.items()} == {
+        t.name: (tuple(t.shape.tolist()[::-1]), int(t.tensor_type), t.data_offset)
+        for t in theirs.tensors
+    }
+
+
+def test_big_endian_gguf(tmp_path: Path) -> None:
+    path = tmp_path / "big.gguf"
+    path.write_bytes(b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(64))
+    refuse(lambda: GgufCheckpoint(path), path, "big-endian")
 
 
 def test_missing_gguf(tmp_path: Path) -> None:

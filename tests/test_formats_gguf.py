@@ -284,7 +284,7 @@ def test_metadata(made: Path) -> None:
     checkpoint = GgufCheckpoint(made / "gguf" / "model.gguf")
     config = load(made / "gguf", device="cpu").config
     arch = checkpoint.architecture
-    values = {k: f.contents() for k, f in checkpoint.fields("").items()}
+    values = {k: f.value() for k, f in checkpoint.fields("").items()}
     assert values["general.file_type"] == gguf.LlamaFileType.MOSTLY_Q4_1
     assert values["general.quantization_version"] == 2
     assert values[f"{arch}.attention.key_length"] == config.head_dim if arch != "qwen2" else 16

@@ -4,14 +4,14 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from salience.errors import SalienceError
-from salience.gguf_header import check_gguf_header
+from salience.gguf_header import Field, TensorInfo, read_gguf_header
 from salience.pt_checkpoint import PtCheckpoint, pt_files
 
 # By their names in safetensors files, and in the order in which the library lays them out: wide
@@ -34,6 +34,7 @@ BLOCKS = ".blocks"
 # Types of 32-column blocks, which may be codes, scales and zeros as a QTensor has them.
 BLOCK = 32
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
+T = TypeVar("T")
 
 
 class Checkpoint(Protocol):
@@ -155,25 +156,54 @@ class GgufCheckpoint:
     """
 
     def __init__(self, path: Path) -> None:
-        import gguf
+        import numpy
 
         self.path = path
-        check_gguf_header(path)
-        try:
-            reader = gguf.GGUFReader(path)
-            architecture = reader.get_field("general.architecture")
-            self.architecture = "" if architecture is None else str(architecture.contents())
-            count = reader.get_field(f"{self.architecture}.block_count")
-            self.layers = 0 if count is None else int(count.contents())
-        except (ValueError, TypeError, IndexError, KeyError, OSError) as error:
-            raise SalienceError(
-                f"{path} is truncated or no GGUF file ({error}); download it again"
-            ) from None
+        header = read_gguf_header(path)
+        self._fields, self._tensors = header.fields, header.tensors
+        self._bytes = numpy.memmap(path, mode="r")
+        for name in self._tensors:
+            self._check(name)
+        self.architecture = self._said("general.architecture", str, "")
         if not self.architecture:
             raise SalienceError(f"{path} does not name its architecture; convert it again")
-        self._reader = reader
-        # The tensors are views of the file; the reader itself holds the vocabulary in memory.
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.layers = self._said(f"{self.architecture}.block_count", int, 0)
+
+    def _said(self, key: str, kind: type[T], otherwise: T) -> T:
+        """The value of a key, if it is there, of such a kind."""
+        field = self._fields.get(key)
+        if field is None:
+            return otherwise
+        try:
+            value = field.value()
+        except UnicodeDecodeError:
+            value = None
+        if not isinstance(value, kind):
+            raise SalienceError(f"{key} of {self.path} is no {kind.__name__}; download it again")
+        return value
+
+    def _check(self, name: str) -> None:
+        """Refuse a tensor of an unknown type, of half a block, or that the file has no bytes of."""
+        import gguf
+
+        info = self._tensors[name]
+        try:
+            kind = gguf.GGMLQuantizationType(info.kind)
+        except ValueError:
+            raise SalienceError(
+                f"tensor {name} of {self.path} is of type {info.kind}, which is not known; "
+                "a newer gguf may know it"
+            ) from None
+        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        if not info.shape or info.shape[-1] % block:
+            raise SalienceError(
+                f"tensor {name} of {self.path} is {list(info.shape)}, no rows of whole blocks of "
+                f"{block}; download it again"
+            )
+        if info.place + self.nbytes(name) > len(self._bytes):
+            raise SalienceError(
+                f"{self.path} is truncated: tensor {name} reaches beyond its end; download it again"
+            )
 
     def names(self) -> set[str]:
         return set(self._tensors)
@@ -183,10 +213,14 @@ class GgufCheckpoint:
             owner = name.removesuffix(BLOCKS)
             rows, columns = self.shape(owner)
             return (rows, columns // BLOCK, BLOCK_BYTES[self.kind(owner)])
-        return tuple(int(n) for n in reversed(self._known(name).shape))
+        return self._known(name).shape
 
     def nbytes(self, name: str) -> int:
-        return int(self._known(name.removesuffix(BLOCKS)).n_bytes)
+        import gguf
+
+        info = self._known(name.removesuffix(BLOCKS))
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.kind)]
+        return math.prod(info.shape) // block * size
 
     def config(self) -> dict[str, Any] | None:
         """The config.json that salience wrote into the file; None of files by others.
@@ -194,24 +228,26 @@ class GgufCheckpoint:
         Raises:
             SalienceError: it is none.
         """
-        field = self._reader.get_field(CONFIG_KEY)
-        if field is None:
+        text = self._said(CONFIG_KEY, str, "")
+        if not text:
             return None
         try:
-            value = json.loads(str(field.contents()))
+            value = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise SalienceError(f"{CONFIG_KEY} of {self.path} is no JSON ({error})") from None
         if not isinstance(value, dict):
             raise SalienceError(f"{CONFIG_KEY} of {self.path} should be a JSON object")
         return value
 
-    def fields(self, prefix: str) -> dict[str, Any]:
-        """The metadata whose keys begin with `prefix`, as `gguf` has it."""
-        return {k: field for k, field in self._reader.fields.items() if k.startswith(prefix)}
+    def fields(self, prefix: str) -> dict[str, Field]:
+        """The metadata whose keys begin with `prefix`."""
+        return {key: field for key, field in self._fields.items() if key.startswith(prefix)}
 
     def kind(self, name: str) -> str:
         """llama.cpp's name of a tensor's type, as "F16" and "Q4_0"."""
-        return str(self._known(name).tensor_type.name)
+        import gguf
+
+        return str(gguf.GGMLQuantizationType(self._known(name).kind).name)
 
     def has_blocks(self, name: str) -> bool:
         """Whether a tensor is a matrix of 32-column blocks."""
@@ -221,20 +257,25 @@ class GgufCheckpoint:
         import gguf
         import numpy
 
-        tensor = self._known(name.removesuffix(BLOCKS))
+        stored = name.removesuffix(BLOCKS)
+        info = self._known(stored)
+        count = self.nbytes(stored)
+        # memmap's own class makes every view of it slow.
+        data = numpy.asarray(self._bytes)[info.place : info.place + count]
+        data = data.reshape(*info.shape[:-1], -1)
         if name.endswith(BLOCKS):
-            blocks = torch.from_numpy(numpy.array(tensor.data, dtype=numpy.uint8))
-            size = BLOCK_BYTES[self.kind(tensor.name)]
+            size = BLOCK_BYTES[self.kind(stored)]
+            blocks = torch.from_numpy(data.copy())
             return blocks.unflatten(1, (blocks.shape[1] // size, size))
         try:
-            values = gguf.dequantize(tensor.data, tensor.tensor_type)
+            values = gguf.dequantize(data, gguf.GGMLQuantizationType(info.kind))
         except (NotImplementedError, ValueError) as error:
             raise SalienceError(f"tensor {name} of {self.path}: {error}") from None
         if values.base is not None or values.dtype != numpy.float32:  # a view of the file
             values = numpy.array(values, dtype=numpy.float32)
         return torch.from_numpy(values)
 
-    def _known(self, name: str) -> Any:
+    def _known(self, name: str) -> TensorInfo:
         if name not in self._tensors:
             raise SalienceError(f"tensor {name} is missing from {self.path}")
         return self._tensors[name]

@@ -219,7 +219,9 @@ def _write_header(
         writer.add_key_value(key, value, _kind(value))
     if vocabulary_of is not None:
         for key, field in vocabulary_of.fields("tokenizer.").items():
-            writer.add_key_value(key, field.contents(), field.types[0], field.types[-1])
+            kind = gguf.GGUFValueType(field.kind)
+            of = None if field.of is None else gguf.GGUFValueType(field.of)
+            writer.add_key_value(key, field.value(), kind, of)
     else:
         for key, value in vocabulary(folder, tokens).items():
             writer.add_key_value(key, value, _kind(value))
@@ -227,8 +229,8 @@ def _write_header(
         special = gguf.SpecialVocab(folder, load_merges=merges, n_vocab=tokens)
         special.add_to_gguf(writer, quiet=True)
     for i in range(tensors):  # only their number is written here
-        kind = gguf.GGMLQuantizationType.F32
-        writer.add_tensor_info(str(i), (), numpy.dtype("f4"), 0, kind)
+        f32 = gguf.GGMLQuantizationType.F32
+        writer.add_tensor_info(str(i), (), numpy.dtype("f4"), 0, f32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     return cast(list[Any], writer.fout)[0]

@@ -153,19 +153,23 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """Its tokenizer; a GGUF file's takes seconds to make.
+        """Its tokenizer.
 
         Raises:
             SalienceError: there is none that Transformers can read.
         """
-        from transformers import AutoTokenizer
+        from transformers import TOKENIZER_MAPPING, AutoTokenizer, PreTrainedTokenizerFast
 
         with _foreign_errors(f"{self.name} has no usable tokenizer"):
-            return AutoTokenizer.from_pretrained(
-                self.path.parent if self.is_gguf else self.path,
-                trust_remote_code=self.trust_remote_code,
-                **({"gguf_file": self.path.name} if self.is_gguf else {}),
-            )
+            if not self.is_gguf:
+                return AutoTokenizer.from_pretrained(
+                    self.path, trust_remote_code=self.trust_remote_code
+                )
+            # AutoTokenizer would read the file once more, for seconds, to learn the class.
+            kind: Any = TOKENIZER_MAPPING.get(type(self.config), PreTrainedTokenizerFast)
+            if not issubclass(kind, PreTrainedTokenizerFast):
+                kind = PreTrainedTokenizerFast
+            return kind.from_pretrained(self.path.parent, gguf_file=self.path.name)
 
     def save_assets(self, folder: Path) -> None:
         """Write tokenizer, chat template and generation config into `folder`.
