@@ -56,10 +56,15 @@ def quality() -> str:
 
 def best() -> str:
     """Perplexity on two texts, and seconds of the whole command."""
-    names = {"+ end to end": "`--effort best`", "auto-round": "AutoRound 0.15.1", "float": "float"}
+    names = {
+        "rtn": "round to nearest",
+        "+ gptq": "+ gptq: `--effort balanced`",
+        "+ end to end": "+ end to end: `--effort best`",
+        "auto-round": "AutoRound 0.15.1",
+    }
     rows = [
         [
-            names[row["row"]],
+            names.get(row["row"], row["row"]),
             "" if row["row"] == "float" else row["scheme"],
             *(_hundredths(row[text]) for text in ("text", "pydoc")),
             f"{row['seconds']:.0f}" if row["seconds"] else "",

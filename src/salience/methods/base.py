@@ -122,10 +122,10 @@ class EndToEnd:
         seed: of the order of the steps.
     """
 
-    passes: int = 4
+    passes: int = 6
     tokens: int = 4096
     steps: int = 16
-    rate: float = 0.015
+    rate: float = 0.03
     float_rate: float = 1e-3
     held_out: int = 16
     seed: int = 0
