@@ -233,6 +233,8 @@ GGUFS = {
     "name that is no text": header(ARCHITECTURE + key(0, b"1", b"\xff"), counts=(0, 2)),
     "2**62 elements": header(ARCHITECTURE, tensor([2**62]), (1, 1)),
     "product wraps to 0": header(ARCHITECTURE, tensor([2**32, 2**32]), (1, 1)),
+    "no elements": header(ARCHITECTURE, tensor([0]), (1, 1)),
+    "no elements, in 2**62 rows": header(ARCHITECTURE, tensor([0, 2**62]), (1, 1)),
     "2**31 axes": header(ARCHITECTURE, tensor([1], axes=2**31), (1, 1)),
     "tensor of no known type": header(ARCHITECTURE, tensor([1], kind=99), (1, 1)),
     "tensor beyond the end": header(ARCHITECTURE, tensor([64]), (1, 1)),

@@ -216,11 +216,8 @@ class GgufCheckpoint:
         return self._known(name).shape
 
     def nbytes(self, name: str) -> int:
-        import gguf
-
         info = self._known(name.removesuffix(BLOCKS))
-        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.kind)]
-        return math.prod(info.shape) // block * size
+        return math.prod(info.shape[:-1]) * _row_bytes(info)
 
     def config(self) -> dict[str, Any] | None:
         """The config.json that salience wrote into the file; None of files by others.
@@ -259,10 +256,9 @@ class GgufCheckpoint:
 
         stored = name.removesuffix(BLOCKS)
         info = self._known(stored)
-        count = self.nbytes(stored)
         # memmap's own class makes every view of it slow.
-        data = numpy.asarray(self._bytes)[info.place : info.place + count]
-        data = data.reshape(*info.shape[:-1], -1)
+        data = numpy.asarray(self._bytes)[info.place : info.place + self.nbytes(stored)]
+        data = data.reshape(*info.shape[:-1], _row_bytes(info))
         if name.endswith(BLOCKS):
             size = BLOCK_BYTES[self.kind(stored)]
             blocks = torch.from_numpy(data.copy())
@@ -279,6 +275,14 @@ class GgufCheckpoint:
         if name not in self._tensors:
             raise SalienceError(f"tensor {name} is missing from {self.path}")
         return self._tensors[name]
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    """Bytes of a row of a tensor in a GGUF file."""
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.kind)]
+    return info.shape[-1] // block * size
 
 
 class RenamedCheckpoint:

@@ -165,6 +165,8 @@ class _Reader:
             raise ValueError(f"a tensor has {axes} axes")
         shape = tuple(reversed([self._number("Q") for _ in range(axes)]))
         kind, place = self._number("I"), self._number("Q")
+        if 0 in shape:  # with it any other axis could be of any length
+            raise ValueError("a tensor has no elements")
         # No type takes less than a bit for each.
         if math.prod(shape) > 8 * len(self._data) or place > len(self._data):
             raise ValueError("a tensor reaches beyond the end")
