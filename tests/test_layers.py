@@ -101,6 +101,8 @@ LAYERS = {
     "salience.block": 52,
     "salience.search": 45,
     "salience.search_files": 53,
+    "salience.solved": 54,
+    "salience.kinds": 53,
     "salience.job": 52,
     "salience.finished": 53,
     "salience.outside": 53,

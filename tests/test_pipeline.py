@@ -27,8 +27,9 @@ import salience
 from helpers_checkpoint import dequantized, same_files
 from helpers_gguf import write_gguf
 from salience import assemble as assembling
-from salience import block, containers, engine, pipeline
+from salience import block, containers, engine, kinds, pipeline, solved
 from salience.calibration import Calibration
+from salience.conversion import stored_tensors
 from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.grid import Grid
 from salience.journal import Journal
@@ -245,22 +246,17 @@ def fill_buffers(model: Any) -> None:
 def folded_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have quantize() write the folded float weights and leave the codes out."""
 
-    def save(
-        self: Any, job: Any, journal: Any, index: int, loaded: Any, solved: Any, seconds: float
-    ) -> None:
-        right(self, job, journal, index, loaded, solved, seconds)
+    def folded(job: Any, block: Any, _: Any) -> dict[str, Tensor]:
         tensors = {}
-        for local, parameter in loaded.module.named_parameters():
-            name = loaded.full(local)
-            tensors |= engine.stored_tensors(job.skeleton, job.weights, name, parameter)
-        journal.save_block(index, tensors, journal.record(index))
+        for local, parameter in block.module.named_parameters():
+            tensors |= stored_tensors(job.skeleton, job.weights, block.full(local), parameter)
+        return tensors
 
     def config(job: Any) -> dict[str, Any]:
         values: dict[str, Any] = json.loads((job.source.path / "config.json").read_text())
         return values
 
-    right = engine._Engine._save
-    monkeypatch.setattr(engine._Engine, "_save", save)
+    monkeypatch.setattr(solved, "_tensors", folded)
     monkeypatch.setattr(assembling, "_config", config)
     monkeypatch.setattr(assembling, "to_dtype", lambda tensor, _name, _dtype: tensor)
 
@@ -452,8 +448,8 @@ def test_progress(llama: Path, calibration: Calibration, tmp_path: Path) -> None
 # Where a run may stop: at its first or second call of something.
 STEPS = [
     (engine, "solve"),
-    (engine, "discover_folds"),
-    (engine, "stored_tensors"),
+    (kinds, "discover_folds"),
+    (solved, "stored_tensors"),
     (Journal, "save_block"),
     (pipeline, "collect"),
     (assembling, "_config"),
@@ -534,14 +530,14 @@ def test_fold_that_fails_on_real_text_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A fold with a wrong index, as if the probe had been misled."""
-    right = engine.discover_folds
+    right = kinds.discover_folds
 
     def misled(*args: Any) -> Any:
         folds = right(*args)
         folds[0].index.copy_(folds[0].index.roll(1))
         return folds
 
-    monkeypatch.setattr(engine, "discover_folds", misled)
+    monkeypatch.setattr(kinds, "discover_folds", misled)
     report = salience.quantize(
         str(llama), tmp_path / "out", scheme="w4g32", calibration=calibration
     )

@@ -565,9 +565,9 @@ def test_after_a_reset_nothing_of_the_cache_is_used(model: Any) -> None:
     first = engine.submit(prompt(20), greedy(4))
     waiting = [engine.submit(prompt(12, seed=i), greedy(4)) for i in range(3)]
     engine.step()
-    assert engine.cache_tokens == sum(len(held) for held in engine.held()) > 0
+    assert engine.cache_tokens > 0
     engine.reset()
-    assert engine.idle and engine.cache_tokens == 0 and engine.held() == [[], []]
+    assert engine.idle and engine.cache_tokens == 0
     assert all(each.finish_reason == "cancelled" for each in (first, *waiting))
     (result,) = engine.generate([prompt(20)], greedy(4))
     assert result.tokens == expected(model, prompt(20), 4) and result.cached_tokens == 0

@@ -280,4 +280,4 @@ def test_the_command_ends_by_a_signal(tmp_path: Path, llama: Path) -> None:
 
 def test_the_fields_of_the_engine_are_empty_after_all(served: Served) -> None:
     assert served.is_idle and served.service.worker.tokens_per_second >= 0
-    assert not tiny_engine().held()[0]
+    assert tiny_engine().cache_tokens == 0

@@ -9,14 +9,13 @@ time goes into starting kernels.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from salience.block import LoadedBlock, SolvedBlock, Structure, solve
+from salience.block import LoadedBlock, Structure, solve
 from salience.blockwise import (
     Arguments,
     BlockArguments,
@@ -26,28 +25,17 @@ from salience.blockwise import (
     run_block,
     run_tail,
 )
-from salience.conversion import stored_module, stored_tensors
 from salience.errors import DoesNotFitError, SalienceError
-from salience.formats import Dense
 from salience.hidden import HiddenStates
 from salience.job import Job
 from salience.journal import Journal
+from salience.kinds import Probe, Structures, plain
 from salience.learning import Pupil
-from salience.machine import fast_matmul, peak_rss_bytes, release_memory
+from salience.machine import fast_matmul, release_memory
 from salience.outside import Outside, embeddings_loaded
-from salience.report import BlockReport
-from salience.search_files import search_tensors
+from salience.solved import save_solved
 from salience.stats import SecondMoment
-from salience.structure import (
-    Fold,
-    discover_folds,
-    linears,
-    restore,
-    sink_groups,
-    snapshot,
-    weight_of,
-)
-from salience.writer import to_dtype
+from salience.structure import linears, restore, snapshot, weight_of
 
 PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
 WINDOW_BYTES = 2**29
@@ -136,14 +124,6 @@ def _solved_bytes(block: nn.Module) -> int:
     return 4 * (sum(p.numel() for p in block.parameters()) + squares)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Probe:
-    """A few random tokens before the first block, and how each block is called on them."""
-
-    hidden: Tensor
-    arguments: BlockArguments
-
-
 class _Engine:
     """The state of one pass over the blocks."""
 
@@ -155,11 +135,11 @@ class _Engine:
         self._folds = any(job.method.folds for job, _ in tasks)
         self._tokens = tokens
         self._on_disk = on_disk
-        self._structures: dict[tuple[object, ...], Structure] = {}
+        self._structures = Structures(self._job, self._folds)
         self._hidden: HiddenStates | None = None
         self._pupil: Pupil | None = None
         self._arguments = BlockArguments([])
-        self._probe: _Probe | None = None
+        self._probe: Probe | None = None
 
     def run(self, rehearse: bool) -> None:
         job, count = self._job, len(self._job.blocks)
@@ -196,7 +176,7 @@ class _Engine:
                 job.device,
                 lambda _, part: parts.append(part),
             )
-            self._probe = _Probe(parts[0], arguments)
+            self._probe = Probe(parts[0], arguments)
             if self._tokens is None:
                 return
             samples, seqlen = self._tokens.shape
@@ -275,7 +255,8 @@ class _Engine:
             seconds = shared + (time.perf_counter() - began) / len(indices)
             for index, block, result in zip(indices, loaded, solved, strict=True):
                 if index >= done:
-                    self._save(job, journal, index, block, result, seconds)
+                    first = self._structures.is_first(index)
+                    save_solved(job, journal, index, block, result, first, seconds)
         if self._pupil is not None:
             with job.phase("learn"):
                 self._pupil.advance()
@@ -287,16 +268,15 @@ class _Engine:
             if each.search is not None:
                 each.search.check_weights(name, each.digest(index))
         if self._probe is None:
-            return LoadedBlock(name, block, self._plain_structure(block), {})
+            return LoadedBlock(name, block, plain(block), {})
         with job.phase("structure"):
-            structure = self._structure(block, index)
+            structure = self._structures.of(block, index, self._probe)
         for each, _ in self._tasks:
             if each.search is not None:
                 each.search.check_folds(name, structure.folds)
         probe = self._probe
         if self._hidden is None:
-            run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
-            return LoadedBlock(name, block, structure, {}, run)
+            return LoadedBlock(name, block, structure, {}, probe.run(block, index))
         # The hidden states are about to become this block's outputs.
         first = self._hidden.get(0).clone() if structure.folds else probe.hidden
         moments = self._moments(block, structure)
@@ -335,37 +315,6 @@ class _Engine:
                 hidden.put(part, observe(block, names, run, _adder(moments)))
         hidden.advance()
 
-    def _plain_structure(self, block: nn.Module) -> Structure:
-        kind = _kind(block)
-        if kind not in self._structures:
-            self._structures[kind] = Structure([(name,) for name in linears(block)], [])
-        return self._structures[kind]
-
-    def _structure(self, block: nn.Module, index: int) -> Structure:
-        """What blocks of this kind allow, found on the first of them.
-
-        It is the first also when a run is continued: another block's weights may fail a proof that
-        is a matter of rounding.
-        """
-        kind = _kind(block)
-        if kind not in self._structures:
-            first = self._first(kind)
-            if first == index:
-                self._structures[kind] = self._discover(block, first)
-            else:
-                with self._job.loaded(first) as other:
-                    self._structures[kind] = self._discover(other, first)
-        return self._structures[kind]
-
-    def _discover(self, block: nn.Module, index: int) -> Structure:
-        probe = self._probe
-        if probe is None:
-            return self._plain_structure(block)
-        run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
-        groups = sink_groups(block, run)
-        folds = discover_folds(block, run, groups) if self._folds else []
-        return Structure(groups, folds)
-
     def _rehearse(self) -> None:
         """Do the largest block on one micro-batch, to fail now rather than hours later."""
         job = self._job
@@ -375,10 +324,10 @@ class _Engine:
         name, probe = job.block_name(index), self._probe
         with job.phase("rehearsal"), job.loaded(index) as block:
             if probe is None:
-                rehearsed = LoadedBlock(name, block, self._plain_structure(block), {})
+                rehearsed = LoadedBlock(name, block, plain(block), {})
             else:
-                structure, moments = self._structure(block, index), {}
-                run = partial(run_block, block, probe.hidden, probe.arguments.of(index, 0))
+                structure, moments = self._structures.of(block, index, probe), {}
+                run = probe.run(block, index)
                 if self._hidden is not None:
                     moments = self._moments(block, structure)
                     part = self._hidden.get(0).clone()
@@ -392,61 +341,6 @@ class _Engine:
                 if self._pupil is not None:
                     self._pupil.rehearse(index, rehearsed, solved)
                 restore(weights)
-
-    def _save(
-        self,
-        job: Job,
-        journal: Journal,
-        index: int,
-        block: LoadedBlock,
-        solved: SolvedBlock,
-        seconds: float,
-    ) -> None:
-        tensors: dict[str, Tensor] = {}
-        # A dense checkpoint holds the folded weights themselves.
-        replaced = {} if isinstance(job.fmt, Dense) else solved.linears
-        for local, coded in replaced.items():
-            module = stored_module(job.skeleton, job.weights, block.full(local))
-            for part, tensor in job.fmt.write(coded.qtensor).items():
-                tensors[f"{module}.{part}"] = tensor
-        quantized = {f"{local}.weight" for local in replaced}
-        for local, parameter in block.module.named_parameters():
-            if local not in quantized:
-                name = block.full(local)
-                value = to_dtype(parameter, name, job.dtype)
-                tensors |= stored_tensors(job.skeleton, job.weights, name, value)
-        reports = [coded.report for coded in solved.linears.values()]
-        count = max(len(reports), 1)
-        learned = solved.learned
-        report = BlockReport(
-            name=block.name,
-            error_rtn=sum(linear.error_rtn for linear in reports) / count,
-            error=sum(linear.error for linear in reports) / count,
-            folds=len(solved.scales),
-            seconds=seconds,
-            peak_rss_bytes=peak_rss_bytes(),
-            peak_vram_bytes=job.peak_vram_bytes(),
-            loss_start=None if learned is None else learned.loss_start,
-            loss=None if learned is None else learned.loss,
-            iterations=0 if learned is None else learned.iterations,
-        )
-        first = index < len(job.blocks) and self._first(_kind(job.blocks[index])) == index
-        record: dict[str, Any] = {
-            "block": asdict(report),
-            "linears": [asdict(linear) for linear in reports],
-            "folds": [_describe(each) for each in block.structure.folds]
-            if first and job.method.folds
-            else [],
-        }
-        if job.save_search:
-            found = search_tensors(block.name, job.digest(index), solved)
-            journal.save_search(index, found)
-        journal.save_block(index, tensors, record)
-        job.on_block(report)
-
-    def _first(self, kind: tuple[object, ...]) -> int:
-        """The first block of a kind."""
-        return next(i for i, other in enumerate(self._job.blocks) if _kind(other) == kind)
 
     def _solve_outside(self, job: Job, journal: Journal) -> None:
         """What is in no block, the head and the embeddings: as one more block.
@@ -476,7 +370,7 @@ class _Engine:
         block = LoadedBlock("", holder, structure, moments)
         with job.phase("search"):
             [solved] = solve([block], job.method, job.schemes.get, job.method.trusted)
-        self._save(job, journal, count, block, solved, time.perf_counter() - began)
+        save_solved(job, journal, count, block, solved, False, time.perf_counter() - began)
 
 
 def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:
@@ -491,19 +385,3 @@ def _unfolded(block: LoadedBlock) -> list[tuple[nn.Parameter, Tensor]]:
     """Copies of what folding scales into a block would change."""
     names = {name for fold in block.structure.folds for name in fold.modules}
     return snapshot(block.module, sorted(names))
-
-
-def _kind(block: nn.Module) -> tuple[object, ...]:
-    shapes = tuple((name, tuple(p.shape)) for name, p in block.named_parameters())
-    return (type(block), *shapes)
-
-
-def _describe(fold: Fold) -> dict[str, Any]:
-    """A fold as a report has it."""
-    return {
-        "prev": fold.prev,
-        "sinks": list(fold.sinks),
-        "rule": fold.rule,
-        "channels": fold.channels,
-        "error": fold.error,
-    }

@@ -13,6 +13,8 @@ Beside the output OUT, until it is whole, lies the folder OUT.partial:
     tuning.safetensors        how far the pass over the whole model is, from time to time
     tuned-00007.safetensors   what that pass changes of a block; after the last, of what is in none
     tuned.json                its record; the pass is done when this is there
+    inputs-00007.safetensors  of a block, while the cost of its widths is measured (--target-bits)
+    allocation.json           these costs; the measurement is done when this is there
     final/                    the checkpoint, put together when all blocks are done
     published                 job.json, renamed: `final` is whole and takes the name OUT
     lock                      held by the process that is at it

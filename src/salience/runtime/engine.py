@@ -111,11 +111,6 @@ class Engine:
         with self._lock:
             return sum(slot.position for slot in self._slots)
 
-    def held(self) -> list[list[int]]:
-        """The tokens in each slot of the cache."""
-        with self._lock:
-            return [slot.held for slot in self._slots]
-
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
