@@ -34,9 +34,9 @@ from salience.checkpoint import (
     read_json,
 )
 from salience.formats import detect_format, get_format
-from salience.gguf_exchange import open_modelled
+from salience.gguf.exchange import open_modelled
 from salience.machine import describe, peak_rss_bytes
-from salience.report import versions
+from salience.reports.report import versions
 from salience.scheme import Scheme
 from salience.writer import ShardWriter
 

@@ -23,16 +23,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import salience
+from salience.blocks.outside import embeddings_loaded
 from salience.calibration import Calibration
 from salience.checkpoint import SafetensorsCheckpoint
-from salience.end_to_end import head_inputs
+from salience.learning.end_to_end import head_inputs
+from salience.learning.student import Student
+from salience.learning.trainer import Trainer
 from salience.loading import read_tensor
 from salience.machine import describe, fast_matmul
 from salience.methods import EndToEnd
-from salience.outside import embeddings_loaded
-from salience.prepare import prepare
-from salience.student import Student
-from salience.trainer import Trainer
+from salience.pipeline.prepare import prepare
 
 
 def main() -> None:

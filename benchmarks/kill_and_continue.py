@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from salience.report import versions
+from salience.reports.report import versions
 from tiny_models import TEXT, llama_config, make_model, save
 from workshop import Workshop, differences, finished_blocks, published_blocks
 

@@ -23,7 +23,7 @@ from rich.console import Console
 import salience
 from salience.evaluation.perplexity import perplexity
 from salience.machine import describe
-from salience.report import Report
+from salience.reports.report import Report
 from salience.scheme import Scheme
 from salience.source import open_source
 

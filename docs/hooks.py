@@ -8,6 +8,7 @@ build, so that nothing on a page is a copy that goes stale:
     {{ table quality }}                    a table of measured results
     {{ figure perplexity float }}          a number of them
     {{ layers }}                           the layers of tests/test_layers.py
+    {{ packages }}                         what each package is for, by its docstring
     {{ slash }}, {{ settings }}            what `salience chat` understands
     {{ pairs }}                            what the doctor knows not to go together
     {{ scripts }}                          benchmarks/README.md
@@ -74,16 +75,26 @@ def layers() -> str:
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
     )
+    packages = {name.rpartition(".")[0] for name in table}  # what is in them has the layers
     rows = ["| layer | modules |", "|---|---|"]
     for ten in sorted({layer // 10 for layer in table.values()}):
         names = {
             ".".join(name.split(".")[1:2])
             for name, layer in table.items()
-            if layer // 10 == ten and name.count(".")
+            if layer // 10 == ten and name.count(".") and name not in packages
         }
         shown = ", ".join(f"`{name}`" for name in sorted(names) if not name.startswith("_"))
         rows.append(f"| {10 * ten} to {10 * ten + 9} | {shown} |")
     return "\n".join(rows)
+
+
+def packages() -> str:
+    """The first sentence of each package's docstring."""
+    rows = []
+    for path in sorted((ROOT / "src/salience").glob("*/__init__.py")):
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        rows.append((path.parent.name, " ".join(text.split()).split(". ")[0].rstrip(".")))
+    return _two("package", rows)
 
 
 def slash() -> str:
@@ -131,6 +142,7 @@ _ANSWERS: dict[str, Callable[..., str]] = {
     "bits": diagrams.bits,
     "figure": figures.figure,
     "layers": layers,
+    "packages": packages,
     "pairs": pairs,
     "scripts": scripts,
     "settings": settings,

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from salience.blocks.search_files import open_search, search_metadata
 from salience.checkpoint import (
     BLOCKS,
     CONFIG_KEY,
@@ -47,15 +48,14 @@ from salience.formats import (
     get_format,
     stored_config,
 )
-from salience.gguf_tokenizer import vocabulary
+from salience.gguf.tokenizer import vocabulary
 from salience.grid import quantize
 from salience.linear import QuantLinear
 from salience.patterns import matching
 from salience.pt_checkpoint import PtCheckpoint
 from salience.qtensor import QTensor
-from salience.report import read_report
+from salience.reports.report import read_report
 from salience.scheme import Scheme
-from salience.search_files import open_search, search_metadata
 from salience.source import _check_layers
 
 GOLDEN = Path(__file__).parent / "golden" / "autoawq_gemv.safetensors"

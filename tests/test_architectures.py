@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3Config
 
 import salience
-from salience.blockwise import run_block
+from salience.blocks.blockwise import run_block
 from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.formats import AutoAwq

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from salience import grid
-from salience.block import LoadedBlock, SolvedBlock, Structure, fold_scales, solve
-from salience.blockwise import BlockArguments, observe, record_inputs, run_block
+from salience.blocks.block import LoadedBlock, SolvedBlock, Structure, fold_scales, solve
+from salience.blocks.blockwise import BlockArguments, observe, record_inputs, run_block
 from salience.errors import SalienceError
 from salience.grid import Grid
 from salience.methods import AWQ, AWQ_GPTQ, GPTQ, NF4, RTN, FoldScale, Method, Problem

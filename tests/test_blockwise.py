@@ -14,8 +14,8 @@ from transformers import (
     OPTConfig,
 )
 
-from salience import blockwise
-from salience.blockwise import (
+from salience.blocks import blockwise
+from salience.blocks.blockwise import (
     BlockArguments,
     micro_batch,
     observe,

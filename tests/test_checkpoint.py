@@ -21,7 +21,7 @@ from salience.checkpoint import (
     SafetensorsCheckpoint,
     read_json,
 )
-from salience.gguf_header import read_gguf_header
+from salience.gguf.header import read_gguf_header
 
 
 def write_sharded(folder: Path, *shards: dict[str, Tensor]) -> None:

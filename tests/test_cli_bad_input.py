@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import salience.engine
+import salience.pipeline.engine
 from helpers_bad import QUICK, save_llama
 from salience.calibration import Calibration
 from salience.checkpoint import INDEX_NAME
@@ -421,13 +421,15 @@ def test_disk_that_fills_up_at_the_last_files(
 
 def goes_on(monkeypatch: pytest.MonkeyPatch, model: Path, out: Path) -> None:
     """The same command ends well, and does no block again."""
-    solve = salience.engine.solve
+    solve = salience.pipeline.engine.solve
     with monkeypatch.context() as patch:
-        patch.setattr(salience.engine, "solve", lambda *_args: pytest.fail("a block again"))
+        patch.setattr(
+            salience.pipeline.engine, "solve", lambda *_args: pytest.fail("a block again")
+        )
         patch.setattr(sys, "argv", ["salience", "quantize", str(model), "-o", str(out), *QUICK])
         with pytest.raises(SystemExit) as stop:
             main()
-    assert not stop.value.code and salience.engine.solve is solve
+    assert not stop.value.code and salience.pipeline.engine.solve is solve
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
@@ -443,7 +445,7 @@ def test_interrupt(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["salience", "quantize", str(model), "-o", str(out), *QUICK])
     with monkeypatch.context() as patch:
-        patch.setattr("salience.pipeline.assemble", interrupted)
+        patch.setattr("salience.pipeline.quantize.assemble", interrupted)
         with pytest.raises(SystemExit) as end:
             main()
     stdout, stderr = capfd.readouterr()
@@ -461,7 +463,7 @@ def test_another_command_does_not_go_on(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("salience.pipeline.assemble", interrupted)
+        patch.setattr("salience.pipeline.quantize.assemble", interrupted)
         with pytest.raises(KeyboardInterrupt):
             salience.quantize(
                 str(model), out, scheme="w4g32", calibration=Calibration(samples=2, seqlen=16)

@@ -22,7 +22,7 @@ from salience.evaluation.comparison import Comparison
 from salience.evaluation.measure import measure
 from salience.evaluation.receipt import Request
 from salience.evaluation.scores import Reference, score
-from salience.pipeline import Variant, quantize_all
+from salience.pipeline.quantize import Variant, quantize_all
 from salience.source import open_source
 from salience.writer import write_json
 from tiny_models import TEXT, llama_config, make_model, save

@@ -10,11 +10,11 @@ import pytest
 
 from helpers_compare import many, receipt
 from helpers_svg import marks
-from salience import plots
 from salience.evaluation.comparison import Comparison, Row, judge, make_row
 from salience.evaluation.comparison_page import page
 from salience.evaluation.comparison_text import markdown, show
 from salience.evaluation.gate import parse_gate
+from salience.reports import plots
 from test_report_page import Page
 
 NASTY = '<script>alert(1)</script> "&|` $x^2$'

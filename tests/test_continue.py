@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
-from salience.journal import Journal
+from salience.blocks.journal import Journal
 from tiny_models import TEXT, VOCABULARY, llama_config, make_model, save
 from workshop import Run, Workshop, differences, finished_blocks, published_blocks
 

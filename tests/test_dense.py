@@ -12,7 +12,7 @@ import salience
 from helpers_checkpoint import config_of, dequantized, refuse, stored_tensors
 from salience.calibration import Calibration
 from salience.formats import get_format
-from salience.plan_bytes import checkpoint_bytes
+from salience.planning.bytes import checkpoint_bytes
 from salience.scheme import Scheme
 from salience.source import open_source
 from salience.structure import codable

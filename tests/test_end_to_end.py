@@ -13,20 +13,21 @@ from torch.nn import functional as F
 
 import salience
 from helpers_checkpoint import qtensors
-from salience import distillation, pipeline
-from salience.blockwise import logits_of
+from salience.blocks.blockwise import logits_of
+from salience.blocks.outside import embeddings_loaded
 from salience.calibration import Calibration
 from salience.checkpoint import SafetensorsCheckpoint
-from salience.end_to_end import head_inputs
+from salience.learning import distillation
+from salience.learning.end_to_end import head_inputs
+from salience.learning.student import Student
+from salience.learning.trainer import Trainer
 from salience.loading import set_tensor
 from salience.methods import BEST, EFFORTS, EndToEnd
 from salience.modules import is_transposed
-from salience.outside import embeddings_loaded
-from salience.plan import Budget
-from salience.prepare import prepare
-from salience.report import read_report
-from salience.student import Student
-from salience.trainer import Trainer
+from salience.pipeline import quantize as pipeline
+from salience.pipeline.prepare import prepare
+from salience.planning.plan import Budget
+from salience.reports.report import read_report
 from tiny_architectures import architecture
 from tiny_models import error, llama_config, make_model, make_tokenizer, random_tokens, save
 

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, Gemma3Config, Phi3Config, Qwen2Config
 
 import salience
 from helpers_checkpoint import config_of, qtensors, refuse, stored_tensors
-from salience.blockwise import run_block
+from salience.blocks.blockwise import run_block
 from salience.calibration import Calibration
 from salience.formats import AutoAwq, BitsAndBytes, CompressedTensors, detect_format, get_format
 from salience.inspection import inspect

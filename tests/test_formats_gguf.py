@@ -25,9 +25,9 @@ from helpers_checkpoint import config_of, refuse
 from salience.checkpoint import GgufCheckpoint
 from salience.formats import Gguf
 from salience.formats.gguf import LOCAL, codes_of, is_exact, scales_of, zeros_of
-from salience.gguf_metadata import rope_factors
-from salience.gguf_tokenizer import pre_tokenizer, vocabulary
-from salience.gguf_writer import permute_rows
+from salience.gguf.metadata import rope_factors
+from salience.gguf.tokenizer import pre_tokenizer, vocabulary
+from salience.gguf.writer import permute_rows
 from salience.inspection import inspect
 from salience.linear import QuantEmbedding, QuantLinear
 from salience.loading import load

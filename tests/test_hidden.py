@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from salience import hidden as module
+from salience.blocks import hidden as module
+from salience.blocks.hidden import HiddenStates
+from salience.blocks.journal import Journal
 from salience.errors import StorageError
-from salience.hidden import HiddenStates
-from salience.journal import Journal
 
 SHAPE, BATCH = (6, 5, 4), 2
 PARTS = SHAPE[0] // BATCH

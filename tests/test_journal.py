@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from salience.blocks.journal import Journal, check_output, held_bytes, is_published
 from salience.errors import DoesNotFitError, SalienceError, StorageError
-from salience.journal import Journal, check_output, held_bytes, is_published
 from salience.writer import check_file, replacing, write_json
 
 JOB: dict[str, Any] = {"--method": "awq", "--seed": 0, "a list": [["a", "b"]], "nothing": None}

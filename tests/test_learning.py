@@ -10,16 +10,17 @@ from torch import Tensor
 
 import salience
 from helpers_checkpoint import qtensors
-from salience import engine, pipeline
-from salience.blockwise import BlockArguments, record_inputs, run_block
+from salience.blocks.blockwise import BlockArguments, record_inputs, run_block
+from salience.blocks.window import window
 from salience.calibration import Calibration
 from salience.errors import SalienceError
-from salience.learning import Pupil
+from salience.learning.pupil import Pupil
 from salience.methods import BEST, EFFORTS, Tuning
-from salience.pipeline import Variant, quantize_all
-from salience.plan import Budget, make_plan
-from salience.prepare import prepare
-from salience.report import Report
+from salience.pipeline import quantize as pipeline
+from salience.pipeline.prepare import prepare
+from salience.pipeline.quantize import Variant, quantize_all
+from salience.planning.plan import Budget, make_plan
+from salience.reports.report import Report
 from salience.source import open_source
 from salience.structure import find_blocks
 from tiny_architectures import COMMON, tiny_config
@@ -304,4 +305,4 @@ def test_plan(models: dict[str, Path], calibration: Calibration, tmp_path: Path)
     assert best.memory["learn"] > 0 and "learn" not in balanced.memory
     hidden = 4 * calibration.samples * calibration.seqlen * 64
     assert best.temporary_bytes - balanced.temporary_bytes == 2 * hidden
-    assert engine.window(job.blocks, torch.device("cuda"), True) == 1
+    assert window(job.blocks, torch.device("cuda"), True) == 1

@@ -42,6 +42,7 @@ from fuzz_targets import (
 )
 from helpers_bad import Runs
 from helpers_checkpoint import refuse
+from salience.blocks.search_files import open_search
 from salience.checkpoint import (
     INDEX_NAME,
     GgufCheckpoint,
@@ -53,11 +54,10 @@ from salience.converting import _natural
 from salience.errors import SalienceError
 from salience.formats import detect_format, stored_config
 from salience.formats.base import Format
-from salience.gguf_tokenizer import vocabulary
+from salience.gguf.tokenizer import vocabulary
 from salience.patterns import matching
-from salience.report import read_report
+from salience.reports.report import read_report
 from salience.scheme import Scheme
-from salience.search_files import open_search
 from salience.source import open_source
 
 # The fuzzer's targets, in short.

@@ -20,11 +20,11 @@ import salience
 from fuzz_targets import NAME, check_error
 from helpers_bad import QUICK, Runs, save_llama
 from helpers_checkpoint import refuse
+from salience.blocks.hidden import HiddenStates
+from salience.blocks.journal import Journal
 from salience.cli.app import main
 from salience.errors import SalienceError
-from salience.hidden import HiddenStates
 from salience.inspection import inspect
-from salience.journal import Journal
 from salience.source import open_source
 
 STATE = "weight.quant_state.bitsandbytes__nf4"
@@ -284,7 +284,7 @@ def test_journals(
 
     out, folder = tmp_path / "out", tmp_path / "out.partial"
     with monkeypatch.context() as patch:
-        patch.setattr("salience.pipeline.assemble", cut)
+        patch.setattr("salience.pipeline.quantize.assemble", cut)
         with pytest.raises(KeyboardInterrupt):
             work()
     damaged = damage(folder)

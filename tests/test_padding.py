@@ -23,7 +23,7 @@ import salience
 from helpers_checkpoint import config_of, dequantized, qtensors, refuse, same_files, stored_tensors
 from helpers_gguf import write_gguf
 from salience.calibration import Calibration
-from salience.padding import PaddedSource, pad
+from salience.pipeline.padding import PaddedSource, pad
 from salience.source import Source, open_source
 from tiny_models import VOCABULARY, error, llama_config, logits, make_model, save
 
@@ -247,7 +247,7 @@ def test_what_changes_the_result_is_refused(
         first = len(parts) == 2 and not parts[1].any() and parts[1].shape[dim] == 56 and dim == 1
         return good(parts[::-1] if first else parts, dim)
 
-    monkeypatch.setattr("salience.padding.torch.cat", shifted)
+    monkeypatch.setattr("salience.pipeline.padding.torch.cat", shifted)
     refused(odd, "zeros change what model.layers.0 computes")
 
 

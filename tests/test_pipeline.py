@@ -26,15 +26,18 @@ from transformers import (
 import salience
 from helpers_checkpoint import dequantized, same_files
 from helpers_gguf import write_gguf
-from salience import assemble as assembling
-from salience import block, containers, engine, kinds, pipeline, solved
+from salience import containers
+from salience.blocks import block, kinds, solved
+from salience.blocks.journal import Journal
 from salience.calibration import Calibration
 from salience.conversion import stored_tensors
 from salience.errors import DoesNotFitError, SalienceError, StorageError
 from salience.grid import Grid
-from salience.journal import Journal
 from salience.methods import Problem, get_method
-from salience.report import Report
+from salience.pipeline import assemble as assembling
+from salience.pipeline import engine
+from salience.pipeline import quantize as pipeline
+from salience.reports.report import Report
 from salience.structure import find_blocks
 from tiny_models import (
     VOCABULARY,
@@ -382,7 +385,7 @@ def test_linear_that_the_method_does_not_help(
         return found if scales is None else found._replace(scales=scales)
 
     method = replace(right, grids=narrow)
-    monkeypatch.setattr("salience.prepare.get_method", lambda *_args: method)
+    monkeypatch.setattr("salience.pipeline.prepare.get_method", lambda *_args: method)
     report = salience.quantize(
         str(llama), tmp_path / "out", scheme="w4g32", calibration=calibration
     )

@@ -10,12 +10,13 @@ from transformers import Gemma4TextConfig, LlamaForCausalLM
 
 import salience
 from helpers_checkpoint import config_of, dequantized, qtensors, same_files, stored_tensors
-from salience import grid, pipeline
+from salience import grid
 from salience.calibration import Calibration
 from salience.errors import SalienceError
-from salience.plan import Budget, make_plan
-from salience.prepare import prepare
-from salience.report import Report
+from salience.pipeline import quantize as pipeline
+from salience.pipeline.prepare import prepare
+from salience.planning.plan import Budget, make_plan
+from salience.reports.report import Report
 from salience.scheme import Scheme
 from salience.source import open_source
 from tiny_models import VOCABULARY, error, llama_config, logits, make_model, random_tokens, save
@@ -436,8 +437,8 @@ def test_max_memory_puts_hidden_states_on_the_disk(
         right(*args)
 
     monkeypatch.setattr(pipeline, "run_blocks", run_blocks)
-    for module in ("plan", "plan_bytes"):
-        monkeypatch.setattr(f"salience.{module}.peak_rss_bytes", lambda: 0)
+    for module in ("plan", "bytes"):
+        monkeypatch.setattr(f"salience.planning.{module}.peak_rss_bytes", lambda: 0)
     options: dict[str, Any] = {"scheme": "w4g32", "calibration": calibration}
     salience.quantize(str(two), tmp_path / "memory", max_memory=2**33, **options)
     job = prepare(str(two), scheme="w4g32", device="cpu").job

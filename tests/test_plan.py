@@ -12,18 +12,19 @@ from transformers import Qwen2Config
 
 import salience
 from helpers_checkpoint import refuse
-from salience import plan as module
-from salience import plan_bytes, plan_seconds
 from salience.calibration import Calibration
 from salience.cli.app import main
 from salience.errors import DoesNotFitError, SalienceError
 from salience.formats import AutoAwq, Gguf
 from salience.methods import Method, get_method
-from salience.plan import Budget, Plan, choose_budget, make_plan
-from salience.plan_bytes import checkpoint_bytes, device_memory
-from salience.prepare import prepare
+from salience.pipeline.prepare import prepare
+from salience.planning import bytes as plan_bytes
+from salience.planning import plan as module
+from salience.planning import seconds as plan_seconds
+from salience.planning.bytes import checkpoint_bytes, device_memory
+from salience.planning.plan import Budget, Plan, choose_budget, make_plan
 from salience.recipe import Recipe
-from salience.report import read_report
+from salience.reports.report import read_report
 from salience.scheme import Scheme
 from salience.source import open_source
 from salience.structure import find_blocks, linears

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from helpers_svg import assert_affine, marks
-from salience import plots
 from salience.errors import SalienceError
+from salience.reports import plots
 
 RAMP = [0.001, 0.01, 0.02, 0.5, 0.03]
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 
 import salience
-from salience import engine, pipeline
 from salience.calibration import Calibration
 from salience.errors import SalienceError
-from salience.pipeline import Variant, quantize_all
+from salience.pipeline import engine
+from salience.pipeline import quantize as pipeline
+from salience.pipeline.quantize import Variant, quantize_all
 
 WAYS: dict[str, dict[str, str]] = {
     "awq": {"method": "awq", "scheme": "w4g32", "format": "compressed-tensors"},

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from salience.errors import SalienceError
-from salience.report import REPORT_NAME, BlockReport, LinearReport, Report, read_report
+from salience.reports.report import REPORT_NAME, BlockReport, LinearReport, Report, read_report
 
 INTS = st.integers(0, 2**53)
 FLOATS = st.floats(allow_nan=False)

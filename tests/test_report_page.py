@@ -19,8 +19,8 @@ from helpers_svg import assert_affine, marks
 from salience.calibration import Calibration
 from salience.cli.app import main
 from salience.errors import SalienceError
-from salience.report import BlockReport, LinearReport, Report, read_report
-from salience.report_page import page, write_page
+from salience.reports.page import page, write_page
+from salience.reports.report import BlockReport, LinearReport, Report, read_report
 
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 VOID = {"meta", "br", "hr", "img", "link", "input"}
@@ -307,7 +307,7 @@ def test_a_page_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
     def denied(*_args: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("salience.report_page.os.replace", denied)
+    monkeypatch.setattr("salience.reports.page.os.replace", denied)
     with pytest.raises(SalienceError, match="Permission denied"):
         write_page(make(), tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import OPTConfig
 
 import salience
+from salience.blocks.search_files import open_search
 from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.formats import AutoAwq
-from salience.search_files import open_search
 from tiny_models import VOCABULARY, llama_config, make_model, save
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ from helpers_checkpoint import config_of, refuse
 from salience.cli.app import main
 from salience.formats import AutoAwq
 from salience.inspection import inspect
-from salience.report import read_report
+from salience.reports.report import read_report
 from salience.scheme import Scheme
 from salience.serving import FUSED, Finding, Served, findings, rejection, summary, with_fused
 from salience.source import open_source

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from salience.blockwise import run_block
+from salience.blocks.blockwise import run_block
 from salience.errors import SalienceError
 from salience.loading import load
 from salience.structure import (

@@ -14,17 +14,19 @@ from hypothesis import strategies as st
 
 import salience
 from helpers_checkpoint import same_files
-from salience import grid, pipeline, sensitivity, target
-from salience.allocation import Option, allocate
+from salience import grid
+from salience.blocks.job import Job
+from salience.blocks.journal import Journal
 from salience.calibration import Calibration
 from salience.errors import SalienceError
 from salience.inspection import inspect
-from salience.job import Job
-from salience.journal import Journal
-from salience.plan import make_plan
-from salience.prepare import prepare
-from salience.report import Report
-from salience.report_page import page
+from salience.pipeline import quantize as pipeline
+from salience.pipeline import sensitivity, target
+from salience.pipeline.allocation import Option, allocate
+from salience.pipeline.prepare import prepare
+from salience.planning.plan import make_plan
+from salience.reports.page import page
+from salience.reports.report import Report
 from salience.scheme import Scheme
 from salience.source import open_source
 from tiny_architectures import COMMON, tiny_config

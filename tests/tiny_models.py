@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from salience.blockwise import BlockArguments, record_inputs
+from salience.blocks.blockwise import BlockArguments, record_inputs
 from salience.placement import input_device
 
 VOCABULARY = 320

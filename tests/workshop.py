@@ -174,7 +174,7 @@ def _serve() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import salience.cli
-    import salience.pipeline
+    import salience.pipeline.quantize
 
     # What is made on the first use took half of each run: Transformers' table of renamings, and
     # what typer imports when there are options to read.
@@ -208,10 +208,13 @@ def _serve() -> None:
 
 
 def _child(request: dict[str, Any], scratch: list[int]) -> None:
-    from salience import end_to_end, hidden, pipeline, writer
+    from salience import writer
+    from salience.blocks import hidden
     from salience.cli import main
+    from salience.learning import end_to_end
     from salience.methods import BEST, EFFORTS, Tuning
-    from salience.plan import Budget
+    from salience.pipeline import quantize as pipeline
+    from salience.planning.plan import Budget
 
     os.chdir(request["cwd"])
     piped = os.memfd_create("stdin")

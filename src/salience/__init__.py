@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from salience.errors import DoesNotFitError, SalienceError
     from salience.evaluation.perplexity import perplexity
     from salience.loading import load
-    from salience.pipeline import quantize
+    from salience.pipeline.quantize import quantize
     from salience.qtensor import QTensor
     from salience.scheme import Scheme
 
@@ -44,7 +44,7 @@ _HOMES = {
     "convert": "converting",
     "load": "loading",
     "perplexity": "evaluation.perplexity",
-    "quantize": "pipeline",
+    "quantize": "pipeline.quantize",
 }
 
 

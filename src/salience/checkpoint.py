@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from salience.errors import SalienceError
-from salience.gguf_header import Field, TensorInfo, read_gguf_header
+from salience.gguf.header import Field, TensorInfo, read_gguf_header
 from salience.pt_checkpoint import PtCheckpoint, pt_files
 
 # By their names in safetensors files, and in the order in which the library lays them out: wide

@@ -13,9 +13,9 @@ from torch import Tensor
 from salience.checkpoint import Checkpoint, GgufCheckpoint
 from salience.conversion import ModelWeights
 from salience.formats import Format
-from salience.gguf_metadata import architecture
-from salience.gguf_tokenizer import check_tokenizer
-from salience.gguf_writer import GgufWriter
+from salience.gguf.metadata import architecture
+from salience.gguf.tokenizer import check_tokenizer
+from salience.gguf.writer import GgufWriter
 from salience.source import Source
 from salience.writer import ShardWriter
 

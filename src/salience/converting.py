@@ -7,7 +7,7 @@
     everything else is copied byte for byte under the name it is stored by
 
 No module of the model is made, so the architecture need not be known to anyone; only GGUF, which
-has names and an order of rows of its own, wants the model (`salience.gguf_exchange`). Before
+has names and an order of rows of its own, wants the model (`salience.gguf.exchange`). Before
 anything is written one linear of each kind (scheme, shapes, order of groups) goes that way, and
 with it nearly all that can be refused is. The output appears when it is whole; a kill leaves
 OUT.partial, which the same command takes up.
@@ -27,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from salience.blocks.journal import Journal, check_output, held_bytes, is_published
 from salience.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint, read_json
 from salience.containers import Writer, make_writer
 from salience.errors import SalienceError
 from salience.formats import Dense, Format, Reader, detect_format, get_format, stored_config
-from salience.gguf_exchange import Modelled, open_modelled
-from salience.journal import Journal, check_output, held_bytes, is_published
+from salience.gguf.exchange import Modelled, open_modelled
 from salience.machine import peak_rss_bytes, release_memory
 from salience.modules import codable, is_transposed
 from salience.qtensor import QTensor

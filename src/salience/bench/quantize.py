@@ -20,8 +20,8 @@ import torch
 from salience.bench.shapes import shape_config, write_checkpoint
 from salience.calibration import Calibration
 from salience.machine import describe
-from salience.pipeline import quantize
-from salience.report import Report
+from salience.pipeline.quantize import quantize
+from salience.reports.report import Report
 
 Progress = Callable[[str, int, int], None]
 

@@ -65,8 +65,8 @@ def plan(
 ) -> None:
     """Say what quantizing MODEL needs: memory, disk, time. No weights are read."""
     from salience.calibration import Calibration
-    from salience.plan import make_plan
-    from salience.prepare import prepare
+    from salience.pipeline.prepare import prepare
+    from salience.planning.plan import make_plan
     from salience.serving import summary
 
     prepared = prepare(
@@ -152,8 +152,8 @@ def quantize(
 ) -> None:
     """Quantize MODEL into a new checkpoint folder; after a kill the same command goes on."""
     from salience.calibration import Calibration
-    from salience.pipeline import quantize as run
-    from salience.report import widths
+    from salience.pipeline.quantize import quantize as run
+    from salience.reports.report import widths
 
     names = [each.value for each in (method, effort) if each is not None]
     with progress_bar(" ".join([*names, scheme or ""]).strip() or "quantize") as progress:
@@ -225,8 +225,8 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Draw the report of a finished quantization as one HTML page."""
-    from salience.report import read_report
-    from salience.report_page import write_page
+    from salience.reports.page import write_page
+    from salience.reports.report import read_report
 
     write_page(read_report(quantized), out, force)
     if json:

@@ -14,7 +14,7 @@ from salience import kernels
 from salience.checkpoint import GgufCheckpoint
 from salience.doctor.complaint import Complaint
 from salience.errors import SalienceError
-from salience.gguf_metadata import architecture
+from salience.gguf.metadata import architecture
 from salience.machine import available_ram_bytes
 from salience.server.vllm import Options, check
 from salience.serving import Served, findings, summary

@@ -29,8 +29,8 @@ from salience.evaluation.comparison import Comparison, Row, judge, make_row
 from salience.evaluation.gate import parse_gate
 from salience.evaluation.receipt import Request, read_receipt
 from salience.machine import describe
-from salience.prepare import prepare
-from salience.report import read_report, versions
+from salience.pipeline.prepare import prepare
+from salience.reports.report import read_report, versions
 from salience.source import Source, open_source
 from salience.writer import disk_errors, write_json
 

@@ -5,7 +5,6 @@ from html import escape
 from math import isfinite, nan
 from typing import Any
 
-from salience import plots
 from salience.errors import SalienceError
 from salience.evaluation.comparison import Cell, Comparison, Row
 from salience.evaluation.comparison_text import (
@@ -17,7 +16,8 @@ from salience.evaluation.comparison_text import (
     title,
 )
 from salience.evaluation.statistics import Interval, exact
-from salience.html_page import document, figure, figures, seconds
+from salience.reports import plots
+from salience.reports.html import document, figure, figures, seconds
 
 _MOST_PLOTS = 24  # of one sort
 _FEW = 5  # lines that are shown unfolded

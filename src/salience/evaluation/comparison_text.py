@@ -2,7 +2,7 @@
 
 from salience.evaluation.comparison import Cell, Comparison, Row
 from salience.evaluation.statistics import digits
-from salience.html_page import size
+from salience.reports.html import size
 
 # What is shown of each metric: title, and how.
 _TITLES = {

@@ -12,7 +12,7 @@ from pathlib import Path
 from salience.calibration import Calibration
 from salience.checkpoint import read_json
 from salience.errors import SalienceError
-from salience.pipeline import Variant, quantize_all
+from salience.pipeline.quantize import Variant, quantize_all
 
 
 def main() -> None:

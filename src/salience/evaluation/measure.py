@@ -28,7 +28,7 @@ from salience.linear import QuantLinear
 from salience.loading import load_source, resolve_device
 from salience.machine import describe, release_memory
 from salience.monitor import Memory, Sampler
-from salience.report import read_report
+from salience.reports.report import read_report
 from salience.source import open_source
 from salience.writer import write_json
 

@@ -14,7 +14,7 @@ A group of 64 or 128 columns is 2 or 4 blocks with the same scale, which costs b
 for Q4_0 and 5 for Q4_1, whatever the group size. The scheme itself is kept in the file's metadata.
 
 The bytes of one weight are one tensor here, `weight.blocks`, uint8 [out, in / 32, 18 or 20 or 34];
-the size of a block names its type. `salience.gguf_writer` puts them into the file.
+the size of a block names its type. `salience.gguf.writer` puts them into the file.
 """
 
 from collections import Counter

@@ -109,7 +109,7 @@ class Tuning:
 
 @dataclass(frozen=True, slots=True)
 class EndToEnd:
-    """How scales and norms are tuned when all blocks have their codes; see `salience.end_to_end`.
+    """How scales and norms are tuned after the codes; see `salience.learning.end_to_end`.
 
     Args:
         passes: over the calibration text.

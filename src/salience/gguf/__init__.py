@@ -1,0 +1,1 @@
+"""GGUF files: header, metadata, vocabulary, and what they need of a model."""

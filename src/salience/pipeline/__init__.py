@@ -1,0 +1,1 @@
+"""From a model to its checkpoint: blocks, statistics, search, codes, journal, files."""

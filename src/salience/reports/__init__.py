@@ -1,0 +1,1 @@
+"""What a job found, as JSON, as a page and as plots."""
