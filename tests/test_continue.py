@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3MoeConfig
 
 from salience.blocks.journal import Journal
+from salience.methods import EndToEnd
 from tiny_models import TEXT, VOCABULARY, llama_config, make_model, save
 from workshop import Run, Workshop, differences, finished_blocks, published_blocks
 
@@ -151,9 +152,10 @@ def test_kills_while_tuning(workshop: Workshop, whole: Any, place: Path) -> None
         ]
 
     states, tuned, record = renames("tuning.saf"), renames("tuned-0"), renames("tuned.json")
-    assert len(states) == 2 * 4 and len(tuned) == 3 and len(record) == 1
+    total = 2 * EndToEnd().passes
+    assert len(states) == total and len(tuned) == 3 and len(record) == 1
     points = (states[0], states[3] + 1, tuned[1], record[0], record[0] + 1)
-    for i, (n, left) in enumerate(zip(points, (8, 4, 0, 0, 0), strict=True)):
+    for i, (n, left) in enumerate(zip(points, (total, total - 4, 0, 0, 0), strict=True)):
         job = Job(workshop, place / f"tuning {i}", "best")
         assert job.run(kill_at=n).status == -9
         again = finish(job, first, changes[n - 1])
