@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# More threads than idle cores make each small product wait for the slowest; so for programs, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidiactl"):
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, one line at a time
 
@@ -16,9 +18,6 @@ from transformers import PreTrainedTokenizerFast
 from salience import placement
 from tiny_models import TEXT, llama_config, make_model, save
 from workshop import Workshop
-
-# More threads than idle cores make each small product wait for the slowest.
-torch.set_num_threads(1)
 
 NO_GPU = not torch.cuda.is_available()
 

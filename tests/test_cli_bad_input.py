@@ -676,7 +676,6 @@ def run(*args: object, **options: Any) -> "subprocess.CompletedProcess[str]":
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         **options,
     )
 

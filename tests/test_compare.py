@@ -1,7 +1,6 @@
 """`compare`: made, measured, gone on with, and what a page and a gate say of it."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -280,14 +279,12 @@ def test_the_whole_command(small: Path, broken: Path, options: Options, tmp_path
     words += ["--batch", "1,2", "--prompt", "8", "--new", "8", "--repeats", "3"]
     words += ["--gate", "disk<=1.5x; perplexity<=1.2x", "--work", "work"]
     outputs = ["-o", "report.html", "--markdown", "report.md"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "salience", *words]
 
     def run(*more: str) -> Any:
         return subprocess.run(
             [*command, *more],
             cwd=tmp_path,
-            env=environment,
             capture_output=True,
             text=True,
             check=False,

@@ -1,7 +1,6 @@
 """The main job on a real model, through the real command line: quantize, inspect, eval, chat."""
 
 import json
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -33,10 +32,9 @@ PROMPT = "Write one sentence about the sea."
 
 
 def command(*words: str) -> Any:
-    """The JSON that a command prints. One thread: two that share busy cores wait for each other."""
+    """The JSON that a command prints."""
     done = subprocess.run(
         [sys.executable, "-m", "salience", *words, "--json"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

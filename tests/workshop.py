@@ -108,8 +108,6 @@ class Workshop:
     def __enter__(self) -> "Workshop":
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
         self._process = subprocess.Popen(
@@ -168,7 +166,6 @@ class Workshop:
 
 
 def _serve() -> None:
-    import torch
     import transformers
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
@@ -182,7 +179,6 @@ def _serve() -> None:
     sys.argv = ["salience", "quantize", "nowhere", "-o", "nowhere"]
     with redirect_stderr(StringIO()), suppress(SystemExit):
         salience.cli.main()
-    torch.set_num_threads(1)
     for line in sys.stdin:
         request = json.loads(line)
         scratch = [os.memfd_create(name) for name in ("stdout", "stderr", "changes")]
