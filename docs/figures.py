@@ -77,6 +77,23 @@ def best() -> str:
     return _rows("| | scheme | WikiText-2 test | Python's documentation | seconds |", rows)
 
 
+def target_bits() -> str:
+    """Perplexity of one width for all, of widths chosen, and of the same at random."""
+    rows = []
+    for row in load("target_bits_cpu")["rows"]:
+        chosen = row["allocation"]["linears_of_bits"] if row["bits"] == "chosen" else {}
+        counts = ", ".join(f"{count} at {bits}" for bits, count in chosen.items())
+        name = {"one width": "3 bits for all", "chosen": f"chosen: {counts} bits"}
+        rows.append(
+            [
+                name.get(row["bits"], "the same widths, dealt out at random"),
+                _hundredths(row["perplexity"]),
+                f"{row['seconds']:.0f}",
+            ]
+        )
+    return _rows("| | perplexity | seconds |", rows)
+
+
 def other_domain() -> str:
     """Perplexity by the text that the model was calibrated on."""
     usual = {(row["scheme"], row["row"]): row for row in load("ablation_wikitext_h100")["rows"]}
@@ -195,6 +212,7 @@ _TABLES: dict[str, Callable[[], str]] = {
     "quality": quality,
     "best": best,
     "other_domain": other_domain,
+    "target_bits": target_bits,
     "schemes": schemes,
 }
 

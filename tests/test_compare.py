@@ -1,7 +1,6 @@
 """`compare`: made, measured, gone on with, and what a page and a gate say of it."""
 
 import json
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +24,7 @@ from salience.pipeline.quantize import Variant, quantize_all
 from salience.source import open_source
 from salience.writer import write_json
 from tiny_models import TEXT, llama_config, make_model, save
+from workshop import Workshop
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,9 @@ def test_bad_input_is_one_line_before_anything_runs(
 
 
 @pytest.mark.slow
-def test_the_whole_command(small: Path, broken: Path, options: Options, tmp_path: Path) -> None:
+def test_the_whole_command(
+    small: Path, broken: Path, options: Options, tmp_path: Path, workshop: Workshop
+) -> None:
     """In processes of their own: exit 4, the lines, the files; and again, from what was done."""
     words = ["compare", str(small), "@rtn", str(broken), "--scheme", "w4g32"]
     words += ["--text", str(options.text), "--context", "64", "--max-chunks", "12"]
@@ -279,19 +281,8 @@ def test_the_whole_command(small: Path, broken: Path, options: Options, tmp_path
     words += ["--batch", "1,2", "--prompt", "8", "--new", "8", "--repeats", "3"]
     words += ["--gate", "disk<=1.5x; perplexity<=1.2x", "--work", "work"]
     outputs = ["-o", "report.html", "--markdown", "report.md"]
-    command = [sys.executable, "-m", "salience", *words]
-
-    def run(*more: str) -> Any:
-        return subprocess.run(
-            [*command, *more],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    first = run("--json", *outputs)
-    assert first.returncode == 4, first.stderr
+    first = workshop(*words, "--json", *outputs, cwd=tmp_path)
+    assert first.status == 4, first.stderr
     gate = [line for line in first.stderr.splitlines() if line.startswith("gate: ")]
     assert len(gate) >= 1 and any(
         line.startswith("gate: broken: perplexity is ") and "wanted at most 1.2x" in line
@@ -306,8 +297,8 @@ def test_the_whole_command(small: Path, broken: Path, options: Options, tmp_path
     assert (tmp_path / "report.html").read_text().startswith("<!DOCTYPE html>")
     assert "| broken | perplexity worse by" in (tmp_path / "report.md").read_text()
     receipts = {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*.json")}
-    second = run("--gate", "disk<=1.5x")
-    assert second.returncode == 0, second.stderr
+    second = workshop(*words, "--gate", "disk<=1.5x", cwd=tmp_path)
+    assert second.status == 0, second.stderr
     assert "The gate holds for rtn w4g32 and broken." in second.stdout
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "work").glob("*.json")} == receipts
 

@@ -279,12 +279,26 @@ def test_tables_hold_the_numbers_of_the_readme(hooks: Any) -> None:
     best = hooks.figures.table("best")
     for scheme, value in (("w4g64", "18.78"), ("w3g64", "20.11"), ("w3g64", "21.89")):
         assert value in readme and f"| {scheme} | {value} |" in best
+    mixed = hooks.figures.table("target_bits")
+    for value in ("21.86", "22.89"):
+        assert value in readme and f"| {value} |" in mixed
     for rate in ("452", "5680", "166", "2514"):
         assert rate in readme and f"| {rate} |" in hooks.figures.table("decode")
 
 
 @pytest.mark.parametrize(
-    "name", ["cost", "cpu", "decode", "kernels", "quality", "best", "other_domain", "schemes"]
+    "name",
+    [
+        "cost",
+        "cpu",
+        "decode",
+        "kernels",
+        "quality",
+        "best",
+        "other_domain",
+        "target_bits",
+        "schemes",
+    ],
 )
 def test_tables_are_whole(hooks: Any, name: str) -> None:
     rows = hooks.figures.table(name).splitlines()

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from salience.evaluation.perplexity import perplexity
 from salience.formats import AutoAwq
 from salience.runtime import Engine, Sampling
 from tiny_models import error
+from workshop import Workshop
 
 # One worker quantizes the model, for all of these.
 pytestmark = [pytest.mark.model, pytest.mark.slow, pytest.mark.xdist_group("model")]
@@ -29,18 +31,6 @@ BLOCKS = ("--only", r"layers\.\d\.")
 LINEARS = 10 * 7
 CONTEXT = 1024
 PROMPT = "Write one sentence about the sea."
-
-
-def command(*words: str) -> Any:
-    """The JSON that a command prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", "salience", *words, "--json"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
 
 
 @dataclass(frozen=True)
@@ -54,8 +44,24 @@ class Made:
 @pytest.fixture(scope="session")
 def awq(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Made:
     out = tmp_path_factory.mktemp("smollm2") / "awq"
-    words = ("quantize", smollm2, "-o", str(out), "--scheme", SCHEME, "--samples", "4")
-    return Made(out, command(*words, *BLOCKS))
+    command = [sys.executable, "-m", "salience", "quantize", smollm2, "-o", str(out), "--json"]
+    command += ["--scheme", SCHEME, "--samples", "4", *BLOCKS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return Made(out, json.loads(done.stdout))
+
+
+@pytest.fixture(scope="session")
+def command(workshop: Workshop, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """The JSON that a command prints."""
+    place = tmp_path_factory.mktemp("command")
+
+    def run(*words: object) -> Any:
+        done = workshop(*words, "--json", cwd=place)
+        assert done.status == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -89,10 +95,10 @@ def text(tokenizer: Any) -> torch.Tensor:
     return torch.tensor(tokenizer(read_text("pydoc")[:20_000])["input_ids"])[None, :256]
 
 
-def test_quantize_and_inspect(awq: Made) -> None:
+def test_quantize_and_inspect(awq: Made, command: Callable[..., Any]) -> None:
     assert awq.said["scheme"] == SCHEME and awq.said["bits_per_weight"] == 4.3125
     assert len(awq.said["quantized_modules"]) == LINEARS
-    seen = command("inspect", str(awq.folder))
+    seen = command("inspect", awq.folder)
     assert (seen["format"], seen["scheme"], len(seen["modules"])) == ("awq", SCHEME, LINEARS)
     assert len(seen["kept"]) == 20 * 7 + 1 and "lm_head" in seen["kept"]
     assert seen["bits_per_weight"] == pytest.approx(4.3125)
@@ -109,7 +115,11 @@ def test_quantize_and_inspect(awq: Made) -> None:
 
 
 def test_awq_loses_half_of_what_rtn_loses(
-    awq: Made, tokenizer: Any, smollm2: str, tmp_path_factory: pytest.TempPathFactory
+    awq: Made,
+    tokenizer: Any,
+    smollm2: str,
+    command: Callable[..., Any],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     rtn = tmp_path_factory.mktemp("smollm2") / "rtn"
     salience.quantize(smollm2, rtn, method="rtn", scheme=SCHEME, only=[BLOCKS[1]], format="awq")
@@ -118,7 +128,7 @@ def test_awq_loses_half_of_what_rtn_loses(
         perplexity(salience.load(model), tokenizer, words, CONTEXT, max_chunks=1).perplexity
         for model in (smollm2, rtn)
     )
-    found = command("eval", str(awq.folder), "--context", str(CONTEXT), "--max-chunks", "1")
+    found = command("eval", awq.folder, "--context", CONTEXT, "--max-chunks", 1)
     assert found["tokens"] == CONTEXT - 1
     assert 0 < found["perplexity"] - least < 0.5 * (most - least)
 
@@ -165,7 +175,7 @@ def test_kernels_agree_with_the_dequantized_model(
     assert values[3] == pytest.approx(values[2], rel=3e-3)
 
 
-def test_chat_command(awq: Made) -> None:
-    said = command("chat", str(awq.folder), "--prompt", PROMPT, "--max-new-tokens", "16")
+def test_chat_command(awq: Made, command: Callable[..., Any]) -> None:
+    said = command("chat", awq.folder, "--prompt", PROMPT, "--max-new-tokens", 16)
     assert 0 < said["tokens"] <= 16 and said["text"].strip()
     assert "sea" in said["text"].lower() or "ocean" in said["text"].lower()

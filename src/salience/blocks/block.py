@@ -391,32 +391,50 @@ def with_learned(block: LoadedBlock, solved: SolvedBlock, learned: Learned) -> S
         solved: what was learned from.
         learned: of the same linears.
     """
-    linears, scales = {}, _by_name([block], [solved.scales])
+    linears = {}
     for name, coded in solved.linears.items():
         qt = learned.weights[name]
         if qt is coded.qtensor:
             linears[name] = coded
             continue
-        weight = weight_of(block.module.get_submodule(name))
-        into, out = scales[block.full(name)]
-        second = _second(block, name, into)
-        divisors = torch.ones_like(weight[:, 0])
-        if out is not None:
-            divisors[out.fold.index.to(divisors.device)] = out.scales
-        before, after = (
-            (output_error(each.dequantize() - weight, second) * divisors.square()).sum().item()
-            for each in (coded.qtensor, qt)
-        )
+        second = _second(block, name)
+        before = row_errors(block, solved, name, second).sum().item()
+        after = row_errors(block, solved, name, second, qt).sum().item()
         own = coded.report
         error = own.error * after / before if before else own.error
         linears[name] = replace(coded, qtensor=qt, report=replace(own, error=error, kept_rtn=False))
     return SolvedBlock(linears, solved.scales, learned)
 
 
-def _second(block: LoadedBlock, name: str, into: FoldScale | None) -> Tensor | None:
-    """H of what a linear gets when the scale of its input, if any, is folded in."""
+def row_errors(
+    block: LoadedBlock,
+    solved: SolvedBlock,
+    name: str,
+    second: Tensor | None,
+    qtensor: QTensor | None = None,
+) -> Tensor:
+    """The output error of each row of a linear, [out], as it was before scales were folded in.
+
+    Args:
+        block: with its float weights, folded.
+        solved: of it.
+        name: of a linear, in the block.
+        second: H of its input [in, in], also as it was; None for unit covariance.
+        qtensor: other codes for it than those it was solved with.
+    """
+    into, out = _by_name([block], [solved.scales])[block.full(name)]
+    weight = weight_of(block.module.get_submodule(name))
+    if second is not None and into is not None:
+        second = second / into.scales[:, None] / into.scales
+    coded = solved.linears[name].qtensor if qtensor is None else qtensor
+    difference = coded.dequantize() - weight
+    errors = output_error(difference, second)
+    if out is not None:
+        errors[out.fold.index.to(errors.device)] *= out.scales.square()
+    return errors
+
+
+def _second(block: LoadedBlock, name: str) -> Tensor | None:
+    """H of what a linear gets before scales are folded in."""
     group = next(group for group in block.structure.groups if name in group)
-    if group[0] not in block.moments:
-        return None
-    second = block.moments[group[0]].second
-    return second if into is None else second / into.scales[:, None] / into.scales
+    return block.moments[group[0]].second if group[0] in block.moments else None

@@ -138,12 +138,15 @@ def device_memory(
         **whole,
     }
     if backward:
-        # A block keeps what its gradients need; the logits of one sequence come several times.
+        # Back, a block keeps what its gradients need, and the logits of one sequence come several
+        # times. Solved, it has a copy, and a moment for each linear beside those of the inputs.
         states = min(BACKWARD_TOKENS, calibration.samples * calibration.seqlen)
         logits = _LOGITS_HELD * calibration.seqlen * embedding.shape[0]
-        block = weights + 3 * live + 2 * moments
+        back = max(weights + 3 * live, outside + embedding.numel() + logits)
+        weighted = sum(shape_of(linear)[1] ** 2 for linear in linears(largest).values())
+        search = 2 * weights + moments + weighted + max(live, solved)
         streams = hidden + 3 * max(states, batch) * embedding.shape[1]
-        found["sensitivity"] = 4 * (streams + max(block, outside + embedding.numel() + logits))
+        found["sensitivity"] = 4 * (streams + max(back, search))
     return found
 
 

@@ -116,11 +116,12 @@ def make_plan(
     on_gpu = device.type == "cuda"
     seconds = seconds_of(model, schemes, calibration, method, device, source_bytes)
     if job.target_bits is not None:
-        # Read twice and observed once more; of a few tokens all is run back, which costs three
-        # times what it costs to run it. Rounding to nearest is small beside that.
+        # Read three times, observed once more and solved in every width; a few tokens are run
+        # before, back, which costs three times as much, and once again.
         tokens = calibration.samples * calibration.seqlen if calibration is not None else 1
         part = min(1.0, BACKWARD_TOKENS / tokens)
-        seconds["sensitivity"] = 2 * seconds["read"] + (1 + 3 * part) * seconds["statistics"]
+        seconds["sensitivity"] = 3 * seconds["read"] + (1 + 5 * part) * seconds["statistics"]
+        seconds["sensitivity"] += max(map(len, job.options.values())) * seconds["search"]
     return Plan(
         model=source.name,
         scheme=" ".join(sorted({str(scheme) for scheme in _possible(job)})),
