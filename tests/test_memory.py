@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tiny_models import llama_config, make_model, save
-from workshop import Workshop
 
 MIB = 2**20
 
@@ -60,18 +59,17 @@ def test_peak_memory_does_not_grow_with_the_blocks(tmp_path: Path, text_file: Pa
 
 
 @pytest.mark.slow
-def test_peak_memory_stays_under_what_is_allowed(
-    tmp_path: Path, text_file: Path, workshop: Workshop
-) -> None:
+def test_peak_memory_stays_under_what_is_allowed(tmp_path: Path, text_file: Path) -> None:
     """With hidden states of 64 MiB and half of that left for them, they go to the disk."""
     source = wide(2, tmp_path / "in", intermediate_size=512)
     options = ("--samples", "64", "--seqlen", "512", "--only", "q_proj")
-    command = ("plan", source, "--device", "cpu", "--json", "--scheme", "w4g32", *options)
-    planned = json.loads(workshop(*command, "-o", "out", cwd=tmp_path).stdout)
+    command = [sys.executable, "-m", "salience", "plan", str(source), "--device", "cpu", "--json"]
+    command += ["--scheme", "w4g32", *options, "-o", str(tmp_path / "out")]
+    planned = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     assert not planned["hidden_on_disk"]
     allowed = planned["ram_bytes"] - 32 * MIB
     limit = ("--max-memory", f"{allowed // MIB}MiB")
-    planned = json.loads(workshop(*command, "-o", "out", *limit, cwd=tmp_path).stdout)
+    planned = json.loads(subprocess.run([*command, *limit], stdout=subprocess.PIPE).stdout)
     assert planned["fits"] and planned["hidden_on_disk"]
     big = tmp_path / "big.txt"
     big.write_text(text_file.read_text() * 4)

@@ -32,8 +32,8 @@ in every width, and its few thousand inputs are seen again. One block is in memo
 the work that follows.
 
 What is left out: errors of different rows, tokens and linears that add up or cancel, and all that
-is not small. In fact the sum over all linears is about a fifth less than what the model loses at
-three and four bits, and two fifths less at two.
+is not small. The sum over all linears is below what the model loses, the more so the fewer the bits
+(with GPTQ's codes 0.10 of 0.10 nats at four, 0.35 of 0.40 at three, 1.2 of 1.8 at two).
 """
 
 from collections.abc import Callable
