@@ -217,6 +217,12 @@ def _fold(block: LoadedBlock, choices: list[FoldScale], trust: bool) -> list[Fol
     return kept
 
 
+def unfolded(block: LoadedBlock) -> list[tuple[nn.Parameter, Tensor]]:
+    """Copies of what folding scales into a block would change, for `restore`."""
+    names = {name for fold in block.structure.folds for name in fold.modules}
+    return snapshot(block.module, sorted(names))
+
+
 def fold_scales(block: nn.Module, found: list[FoldScale], run: Run) -> list[FoldScale]:
     """Fold scales into a block, keeping those under which its output does not change."""
     reference = run()
@@ -290,13 +296,17 @@ def _by_name(
     blocks: list[LoadedBlock], kept: list[list[FoldScale]]
 ) -> dict[str, tuple[FoldScale | None, FoldScale | None]]:
     """For each linear, the scale of its input and that of its output."""
-    found = {}
-    for block, choices in zip(blocks, kept, strict=True):
-        for name in (name for group in block.structure.groups for name in group):
-            into = next((c for c in choices if name in c.fold.sinks), None)
-            out = next((c for c in choices if name == c.fold.prev), None)
-            found[block.full(name)] = (into, out)
-    return found
+    return {
+        block.full(name): _around(name, choices)
+        for block, choices in zip(blocks, kept, strict=True)
+        for group in block.structure.groups
+        for name in group
+    }
+
+
+def _around(name: str, choices: list[FoldScale]) -> tuple[FoldScale | None, FoldScale | None]:
+    into = next((c for c in choices if name in c.fold.sinks), None)
+    return into, next((c for c in choices if name == c.fold.prev), None)
 
 
 def _code(
@@ -422,7 +432,7 @@ def row_errors(
         second: H of its input [in, in], also as it was; None for unit covariance.
         qtensor: other codes for it than those it was solved with.
     """
-    into, out = _by_name([block], [solved.scales])[block.full(name)]
+    into, out = _around(name, solved.scales)
     weight = weight_of(block.module.get_submodule(name))
     if second is not None and into is not None:
         second = second / into.scales[:, None] / into.scales

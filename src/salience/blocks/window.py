@@ -20,5 +20,9 @@ def window(blocks: nn.ModuleList, device: torch.device, learns: bool) -> int:
 
 def solved_bytes(block: nn.Module) -> int:
     """Weights and second moments of a block, in fp32."""
-    squares = sum(weight_of(m).shape[1] ** 2 for m in linears(block).values())
-    return 4 * (sum(p.numel() for p in block.parameters()) + squares)
+    return 4 * (sum(p.numel() for p in block.parameters()) + moment_floats(block))
+
+
+def moment_floats(block: nn.Module) -> int:
+    """Numbers in a second moment for each linear of a block."""
+    return sum(weight_of(linear).shape[1] ** 2 for linear in linears(block).values())

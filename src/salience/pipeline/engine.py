@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from salience.blocks.block import LoadedBlock, Structure, solve
+from salience.blocks.block import LoadedBlock, Structure, solve, unfolded
 from salience.blocks.blockwise import (
     Arguments,
     BlockArguments,
@@ -36,7 +36,7 @@ from salience.errors import DoesNotFitError, SalienceError
 from salience.learning.pupil import Pupil
 from salience.machine import fast_matmul, release_memory
 from salience.stats import SecondMoment
-from salience.structure import restore, snapshot, weight_of
+from salience.structure import restore, weight_of
 
 PROBE_SHAPE = (2, 16)  # sequences and tokens of the runs that discover folds
 
@@ -210,7 +210,7 @@ class _Engine:
                 release_memory()
             shared = (time.perf_counter() - began) / len(indices)
             # A solved block is left folded; the next job wants it as it was.
-            saved = [_unfolded(block) for block in loaded] if len(self._tasks) > 1 else []
+            saved = [unfolded(block) for block in loaded] if len(self._tasks) > 1 else []
             for each, journal in self._tasks:
                 self._solve_loaded(each, journal, indices, loaded, shared)
                 for weights in saved:
@@ -319,7 +319,7 @@ class _Engine:
                     with fast_matmul():
                         observe(block, list(moments), run, _adder(moments))
                 rehearsed = LoadedBlock(name, block, structure, moments, run)
-            weights = _unfolded(rehearsed) if len(self._tasks) > 1 else []
+            weights = unfolded(rehearsed) if len(self._tasks) > 1 else []
             for each, _ in self._tasks:
                 [solved] = solve([rehearsed], each.method, each.schemes.get, each.method.trusted)
                 if self._pupil is not None:
@@ -363,9 +363,3 @@ def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:
             moments[name].update(x)
 
     return add
-
-
-def _unfolded(block: LoadedBlock) -> list[tuple[nn.Parameter, Tensor]]:
-    """Copies of what folding scales into a block would change."""
-    names = {name for fold in block.structure.folds for name in fold.modules}
-    return snapshot(block.module, sorted(names))

@@ -36,7 +36,6 @@ is not small. The sum over all linears is below what the model loses, the more s
 (with GPTQ's codes 0.10 of 0.10 nats at four, 0.35 of 0.40 at three, 1.2 of 1.8 at two).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -45,10 +44,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from salience.blocks.block import LoadedBlock, row_errors, solve
+from salience.blocks.block import LoadedBlock, row_errors, solve, unfolded
 from salience.blocks.blockwise import (
     BACKWARD_TOKENS,
     Arguments,
+    BlockArguments,
     logits_of,
     micro_batch,
     observe,
@@ -64,7 +64,7 @@ from salience.modules import shape_of
 from salience.pipeline.engine import Gathered, gather
 from salience.serving import FUSED
 from salience.stats import SecondMoment
-from salience.structure import restore, snapshot
+from salience.structure import restore
 from salience.writer import write_tensors
 
 
@@ -113,9 +113,7 @@ def measure(job: Job, journal: Journal, tokens: Tensor, on_disk: bool) -> list[S
     with job.phase("sensitivity"):
         arguments, last = _forward(job, journal, tokens[: parts * batch], batch)
         with torch.enable_grad():
-            curvature = output_curvature(
-                job, arguments, last, lambda index: _inputs(job, journal, index)
-            )
+            curvature = _output_curvature(job, journal, arguments, last)
     last.clear()
     found: list[Sensitivity] = []
     # Nothing is learned for this; what the method codes is near enough.
@@ -137,39 +135,33 @@ def measure(job: Job, journal: Journal, tokens: Tensor, on_disk: bool) -> list[S
 
 def _forward(
     job: Job, journal: Journal, tokens: Tensor, batch: int
-) -> tuple[list[list[Arguments]], list[Tensor]]:
+) -> tuple[BlockArguments, list[Tensor]]:
     """Run the blocks, keeping what enters each in the journal.
 
-    Returns what each is called with beside that, and what leaves the last, by micro-batch.
+    Returns what each is called with beside that, and what leaves the last by micro-batch.
     """
     hidden: list[Tensor] = []
     with embeddings_loaded(job):
-        recorded = record_inputs(
+        arguments = record_inputs(
             job.skeleton, job.blocks, tokens, batch, job.device, lambda _, part: hidden.append(part)
         )
-    arguments = []
     for index in range(len(job.blocks)):
         job.progress("sensitivity", index, 3 * len(job.blocks))
         _save(_file(journal, index), hidden)
-        arguments.append([recorded.of(index, part) for part in range(len(hidden))])
         with job.loaded(index) as block, fast_matmul():
-            hidden = [run_block(block, *of) for of in zip(hidden, arguments[-1], strict=True)]
+            hidden = [run_block(block, x, arguments.of(index, i)) for i, x in enumerate(hidden)]
         release_memory()
     return arguments, hidden
 
 
-def output_curvature(
-    job: Job,
-    arguments: list[list[Arguments]],
-    last: list[Tensor],
-    inputs: Callable[[int], list[Tensor]],
+def _output_curvature(
+    job: Job, journal: Journal, arguments: BlockArguments, last: list[Tensor]
 ) -> dict[str, Curvature]:
     """What errors at the output of each linear in the blocks cost.
 
     Args:
-        arguments: of each block, for each micro-batch.
-        last: hidden states that leave the last block, by micro-batch.
-        inputs: gives the hidden states that enter a block, by micro-batch.
+        journal: has what `_forward` kept, which goes as it is read.
+        arguments: as of `_forward`, and so is `last`.
 
     Raises:
         SalienceError: naming a linear whose gradients are not finite.
@@ -186,9 +178,9 @@ def output_curvature(
         rows: dict[str, Tensor] = {}
         seen: dict[str, list[Tensor]] = {}
         with job.loaded(index) as block:
-            for part, entering in enumerate(inputs(index)):
+            for part, entering in enumerate(_inputs(job, journal, index)):
                 gradients[part], squares = _backward(
-                    block, wanted, entering, arguments[index][part], gradients[part]
+                    block, wanted, entering, arguments.of(index, part), gradients[part]
                 )
                 for local, of_rows, of_tokens in squares:
                     rows[local] = rows.get(local, 0) + of_rows
@@ -296,9 +288,7 @@ def _costs(
         block.full(name): {s.bits: s for s in job.options[block.full(name)]} for name in moments
     }
     found: dict[str, dict[int, float]] = {name: {} for name in options}
-    unfolded = snapshot(
-        block.module, sorted({name for fold in block.structure.folds for name in fold.modules})
-    )
+    saved = unfolded(block)
     for bits in sorted({b for schemes in options.values() for b in schemes}):
         of_width = {name: schemes[bits] for name, schemes in options.items() if bits in schemes}
         schemes = {**job.schemes, **of_width}
@@ -308,7 +298,7 @@ def _costs(
             if full in of_width:
                 rows = row_errors(block, solved, name, moment.second).double().cpu()
                 found[full][bits] = float(0.5 * (curvature[full].rows * rows).sum())
-        restore(unfolded)
+        restore(saved)
     return found
 
 

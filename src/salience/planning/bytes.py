@@ -11,7 +11,7 @@ from torch import nn
 
 from salience.blocks.blockwise import BACKWARD_TOKENS, micro_batch
 from salience.blocks.job import Job
-from salience.blocks.window import window
+from salience.blocks.window import moment_floats, window
 from salience.calibration import Calibration
 from salience.formats import Dense, Format
 from salience.formats.gguf import block_bits
@@ -143,8 +143,7 @@ def device_memory(
         states = min(BACKWARD_TOKENS, calibration.samples * calibration.seqlen)
         logits = _LOGITS_HELD * calibration.seqlen * embedding.shape[0]
         back = max(weights + 3 * live, outside + embedding.numel() + logits)
-        weighted = sum(shape_of(linear)[1] ** 2 for linear in linears(largest).values())
-        search = 2 * weights + moments + weighted + max(live, solved)
+        search = 2 * weights + moments + moment_floats(largest) + max(live, solved)
         streams = hidden + 3 * max(states, batch) * embedding.shape[1]
         found["sensitivity"] = 4 * (streams + max(back, search))
     return found
