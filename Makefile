@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# Tests start hundreds of programs; where bytecode is not kept, each compiles Transformers anew.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test lint docs clean
 
 demo: $(VENV)/.installed

@@ -2,9 +2,6 @@
 
 import gc
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -342,10 +339,10 @@ print(json.dumps({
 """
 
 
-def measured(model: Path, small: Path, **options: Any) -> dict[str, Any]:
+def measured(workshop: Workshop, model: Path, small: Path, **options: Any) -> dict[str, Any]:
     """Memory of a load and of a forward in a process of its own."""
-    command = [sys.executable, "-c", PROGRAM, str(model), str(small), json.dumps(options)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ})
+    done = workshop(model, small, json.dumps(options), cwd=model.parent, program=PROGRAM)
+    assert done.status == 0, done.stderr
     return dict(json.loads(done.stdout))
 
 
@@ -367,15 +364,18 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc")
-def test_memory_of_loading(wide: dict[str, Path], llama: Path, awq: Path, tmp_path: Path) -> None:
+def test_memory_of_loading(
+    wide: dict[str, Path], llama: Path, awq: Path, workshop: Workshop, tmp_path: Path
+) -> None:
     """At most what stays and one shard, and from the disk a few modules: packed weights, and float
     ones that are held in twice the bytes they are stored in."""
     for name, small in (("float", llama), ("awq", awq)):
         files = list(wide[name].glob("*.safetensors"))
         shard = max(file.stat().st_size for file in files)
-        found = measured(wide[name], small)
+        found = measured(workshop, wide[name], small)
         assert found["loading"] <= found["final"] + shard
-        disk = measured(wide[name], small, device_map="disk", offload_folder=str(tmp_path))
+        folder = str(tmp_path)
+        disk = measured(workshop, wide[name], small, device_map="disk", offload_folder=folder)
         assert disk["final"] == 0 and disk["logits"] == found["logits"]
         assert disk["loading"] <= shard + 48 * MIB and disk["running"] <= shard + 48 * MIB
 

@@ -1,8 +1,6 @@
 """The main job on a real model, through the real command line: quantize, inspect, eval, chat."""
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,13 +40,12 @@ class Made:
 
 
 @pytest.fixture(scope="session")
-def awq(smollm2: str, tmp_path_factory: pytest.TempPathFactory) -> Made:
+def awq(
+    smollm2: str, command: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Made:
     out = tmp_path_factory.mktemp("smollm2") / "awq"
-    command = [sys.executable, "-m", "salience", "quantize", smollm2, "-o", str(out), "--json"]
-    command += ["--scheme", SCHEME, "--samples", "4", *BLOCKS]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return Made(out, json.loads(done.stdout))
+    options = ("--scheme", SCHEME, "--samples", "4", *BLOCKS)
+    return Made(out, command("quantize", smollm2, "-o", out, *options))
 
 
 @pytest.fixture(scope="session")

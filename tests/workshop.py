@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from contextlib import redirect_stderr, suppress
 from dataclasses import dataclass, field, replace
 from io import StringIO
@@ -37,12 +38,15 @@ _CHANGES = {
 
 @dataclass(frozen=True)
 class Run:
-    """How a run ended: exit status (negative for a signal), output, and the changes it made."""
+    """How a run ended: exit status (negative for a signal), output, the changes it made, and its
+    peak of resident bytes, of which much is what had been imported before.
+    """
 
     status: int
     stdout: str
     stderr: str
     changes: list[str] = field(default_factory=list)
+    peak: int = 0
 
     @property
     def line(self) -> str:
@@ -148,6 +152,7 @@ class Workshop:
                 stdin: text that is piped in.
                 iterations: that each block learns for, with --effort best.
                 no_disk_check: leave out the comparison of what is needed with what is free.
+                program: Python to run with ARGS in place of the command line.
         """
         assert self._process.stdin is not None
         request = {"args": list(map(str, args)), "cwd": str(cwd), **how}
@@ -188,7 +193,7 @@ def _serve() -> None:
         if "kill_after" in request:
             time.sleep(request["kill_after"])
             os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, 0)
+        _, status, used = os.wait4(child, 0)
         texts = []
         for descriptor in scratch:
             os.lseek(descriptor, 0, os.SEEK_SET)
@@ -199,6 +204,7 @@ def _serve() -> None:
             "stdout": texts[0],
             "stderr": texts[1],
             "changes": texts[2].splitlines(),
+            "peak": used.ru_maxrss * 1024,
         }
         print(json.dumps(answer), flush=True)
 
@@ -238,9 +244,15 @@ def _child(request: dict[str, Any], scratch: list[int]) -> None:
     sys.argv = ["salience", *request["args"]]
     status = 1
     try:
-        main()
+        if "program" in request:
+            exec(request["program"], {"__name__": "__main__"})
+            status = 0
+        else:
+            main()
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
