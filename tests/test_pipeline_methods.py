@@ -1,5 +1,6 @@
 """quantize() with every method, effort, format and recipe: never worse, and it loads again."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from helpers_checkpoint import config_of, dequantized, qtensors, same_files, sto
 from salience import grid
 from salience.calibration import Calibration
 from salience.errors import SalienceError
+from salience.pipeline import engine
 from salience.pipeline import quantize as pipeline
 from salience.pipeline.prepare import prepare
 from salience.planning.plan import Budget, make_plan
@@ -270,6 +272,42 @@ def test_formats_whose_readers_keep_the_head_float(two: Path, tmp_path: Path) ->
         with pytest.raises(SalienceError, match="take lm_head for float; use --format compressed"):
             salience.quantize(str(two), tmp_path / "out", rules=rules, **options)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("method", ["awq", "gptq"])
+def test_only_an_early_block(
+    method: str, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks behind the last that is coded do not read the text, also where one was interrupted:
+    here the last of three would overflow."""
+    model = make_model(llama_config(num_hidden_layers=3))
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight *= 1e38
+    folder = save(model, tmp_path / "model")
+    quantize = partial(
+        salience.quantize,
+        str(folder),
+        method=method,
+        scheme="w4g32",
+        calibration=calibration,
+        format="compressed-tensors",
+        dtype="bfloat16",
+    )
+    with pytest.raises(SalienceError, match="the model overflows"):
+        quantize(tmp_path / "all", only=["layers"])
+    never_worse(quantize(tmp_path / "whole", only=[r"layers\.1\."]))
+    kept = engine.save_solved
+
+    def interrupted(job: Any, journal: Any, index: int, *more: Any) -> None:
+        if index == 2:
+            raise KeyboardInterrupt
+        kept(job, journal, index, *more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(engine, "save_solved", interrupted)
+        quantize(tmp_path / "parts", only=[r"layers\.1\."])
+    never_worse(quantize(tmp_path / "parts", only=[r"layers\.1\."]))
+    same_files(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_only_the_head(tied: Path, calibration: Calibration, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def gather(
         on_disk: keep the hidden states on the disk, in the journal.
         parts: how many micro-batches of inputs to hand out.
     """
-    engine = _Engine([(job, journal)], tokens, on_disk)
+    engine = _Engine([(job, journal)], tokens, on_disk, whole=True)
     with job.phase("statistics"):
         engine._record(0)
     hidden = engine._hidden
@@ -112,13 +112,20 @@ class _Engine:
     """The state of one pass over the blocks."""
 
     def __init__(
-        self, tasks: Sequence[tuple[Job, Journal]], tokens: Tensor | None, on_disk: bool
+        self,
+        tasks: Sequence[tuple[Job, Journal]],
+        tokens: Tensor | None,
+        on_disk: bool,
+        whole: bool = False,
     ) -> None:
         self._tasks = tasks
         self._job, self._journal = tasks[0]
         self._folds = any(job.method.folds for job, _ in tasks)
         self._tokens = tokens
         self._on_disk = on_disk
+        # Behind the last block that has something to code, nobody asks what the text becomes.
+        whole |= any(job.outside or job.method.learns is not None for job, _ in tasks)
+        self._text_ends = len(self._job.blocks) + 1 if whole else _blocks_read(tasks)
         self._structures = Structures(self._job, self._folds)
         self._hidden: HiddenStates | None = None
         self._pupil: Pupil | None = None
@@ -161,7 +168,7 @@ class _Engine:
                 lambda _, part: parts.append(part),
             )
             self._probe = Probe(parts[0], arguments)
-            if self._tokens is None:
+            if self._tokens is None or first >= self._text_ends:
                 return
             samples, seqlen = self._tokens.shape
             tuning = job.method.learns
@@ -188,7 +195,7 @@ class _Engine:
             self._hidden = hidden
             if tuning is not None:
                 self._pupil = Pupil(job, self._journal, tuning, hidden, coded, self._arguments)
-        for index in range(hidden.index, first):
+        for index in range(hidden.index, min(first, self._text_ends)):
             job.progress("replay", index, first)
             with job.loaded(index) as block:
                 self._forward(block, index, {})
@@ -259,7 +266,7 @@ class _Engine:
             if each.search is not None:
                 each.search.check_folds(name, structure.folds)
         probe = self._probe
-        if self._hidden is None:
+        if self._hidden is None or index >= self._text_ends:
             return LoadedBlock(name, block, structure, {}, probe.run(block, index))
         # The hidden states are about to become this block's outputs.
         first = self._hidden.get(0).clone() if structure.folds else probe.hidden
@@ -355,6 +362,17 @@ class _Engine:
         with job.phase("search"):
             [solved] = solve([block], job.method, job.schemes.get, job.method.trusted)
         save_solved(job, journal, count, block, solved, False, time.perf_counter() - began)
+
+
+def _blocks_read(tasks: Sequence[tuple[Job, Journal]]) -> int:
+    """How many blocks there are up to the last that has a linear to code."""
+    job = tasks[0][0]
+    names = [name for each, _ in tasks for name in each.schemes]
+    return max(
+        index + 1
+        for index in range(len(job.blocks))
+        if any(name.startswith(f"{job.block_name(index)}.") for name in names)
+    )
 
 
 def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:
