@@ -72,10 +72,16 @@ def test_in_fp32_the_logits_are_the_same(smollm2: str, text: Tensor) -> None:
     assert torch.equal(fast.argmax(-1), plain.argmax(-1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("packed", torch.float32), ("packed", torch.bfloat16), ("float", torch.bfloat16)],
+)
 @torch.no_grad()
-def test_packed_the_text_is_as_likely(packed: Path, text: Tensor, dtype: torch.dtype) -> None:
-    plain, fast = both(salience.load(packed, device="cpu", dtype=dtype), text)
+def test_the_text_is_as_likely(
+    packed: Path, smollm2: str, text: Tensor, kind: str, dtype: torch.dtype
+) -> None:
+    model = salience.load(packed if kind == "packed" else smollm2, device="cpu", dtype=dtype)
+    plain, fast = both(model, text)
     expected, found = loss(plain, text), loss(fast, text)
     assert 1 < expected < 5
     assert found == pytest.approx(expected, rel=5e-3)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from salience.linear import QuantLinear
-from salience.runtime import graph, record, trace
+from salience.runtime import graph, lowering, record, trace
 from salience.runtime.cache import SlotCache, padded
 from salience.runtime.merge import merge_linears
 from salience.runtime.step import Step, make_step
@@ -96,6 +96,31 @@ def test_merged_and_packed_in_bf16(name: str) -> None:
     assert fast is not step
     assert error(fast(ids, positions), expected) < 5e-2
     assert any(isinstance(m, QuantLinear) for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["float", "packed"])
+@torch.no_grad()
+def test_one_row_in_bf16(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Float weights are read in the order of oneDNN, as far as there is room for copies, and there
+    are no views between a product and what is computed from it.
+    """
+    if not lowering._reorders():
+        pytest.skip("no bf16 in oneDNN here")
+    model = make_model(architecture("llama")).bfloat16()
+    model = packed(model).bfloat16() if kind == "packed" else model
+    merge_linears(model)
+    step = step_of(model, 1)
+    linears = {"float": 9, "packed": 1}[kind]  # the head, and four in each of two blocks
+    room = model.lm_head.weight.nbytes
+    for most, expected in ((2**20, linears), (room, min(linears, 3)), (0, 0)):
+        monkeypatch.setattr(lowering, "_REORDERED_BYTES", most)
+        gm = record.capture(step, inputs(1))
+        trace.rewrite(gm)
+        target = torch.ops.mkldnn._linear_pointwise.default
+        assert sum(graph.is_op(node, target) for node in gm.graph.nodes) == expected
+        if most > room:
+            views = (graph.aten.view.default, graph.aten.reshape.default)
+            assert sum(graph.is_op(node, *views) for node in gm.graph.nodes) <= 2 * 6 + 7
 
 
 @torch.no_grad()
