@@ -19,8 +19,10 @@ class Config:
         tiles: of 16 rows, that a warp has.
         high: warps of a team, one above the other.
         deep: teams of a thread block, which share the columns.
-        stages: blocks of 128 columns under way.
+        stages: blocks of 128 columns of x in shared memory, 2 or 4.
         split: thread blocks of a cluster, which share the columns (sm90 and later).
+        resident: thread blocks that a processor should have registers for; 0 for as many as the
+            compiler makes of it.
     """
 
     most: int = 0
@@ -29,19 +31,22 @@ class Config:
     deep: int = 4
     stages: int = 2
     split: int = 1
+    resident: int = 0
 
 
 _TOKEN_BYTES = 272  # of a block of x in shared memory
 _SHARED_BYTES = 99 * 1024  # of a thread block; GPUs have at least that
 _FEW_WARPS, _MANY_WARPS = 900, 9000  # of a launch: enough to fill a GPU, few enough to do much each
 
-# Tiles, high, deep, stages: those that were fastest for some shape on an H100. Deep ones are for
-# weights of few rows, high ones for many tokens.
+# Tiles, high, deep, split: those that were fastest for some shape on an H100, or nearly. Deep ones
+# are for weights of few rows, high ones for many tokens, odd ones fill its 132 processors evenly.
 _WORTH_TRYING = (
-    *((tiles, 1, deep, 2) for tiles in (1, 2) for deep in (4, 8, 16)),
-    *((tiles, high, deep, 2) for tiles in (1, 2) for high in (2, 4) for deep in (2, 4, 8)),
-    *((2, 4, 1, 2), (2, 8, 2, 2), (4, 1, 4, 2), (4, 1, 8, 2), (4, 2, 2, 2), (4, 2, 4, 2)),
-    *((2, 1, 8, 3), (1, 2, 8, 3), (2, 4, 2, 3)),
+    *((1, 1, 16, 1), (2, 1, 16, 1), (2, 1, 8, 1), (4, 1, 8, 1)),
+    *((1, 2, 8, 1), (2, 2, 8, 1), (4, 2, 4, 1), (1, 2, 8, 2), (2, 2, 8, 2), (1, 2, 4, 2)),
+    *((2, 2, 4, 2), (2, 2, 2, 4), (1, 3, 4, 1), (1, 3, 4, 2), (2, 3, 4, 2)),
+    *((1, 4, 4, 1), (2, 4, 2, 1), (2, 4, 1, 1), (1, 4, 4, 2), (2, 4, 4, 2), (4, 2, 4, 2)),
+    *((1, 4, 2, 4), (2, 4, 2, 4), (1, 6, 2, 2), (1, 7, 2, 1), (2, 7, 2, 1), (2, 7, 1, 1)),
+    (1, 8, 2, 2),
 )
 
 
@@ -75,21 +80,24 @@ class Mma:
     def options(self, shape: Shape, tokens: int) -> list[dict[str, int]]:
         """What is worth measuring."""
         most = 8 if tokens <= 8 else 16 if tokens <= 16 else 32
-        clusters = (1, 2) if cuda_program.capability(torch.cuda.current_device()) >= 90 else (1,)
+        clusters = cuda_program.capability(torch.cuda.current_device()) >= 90
         found = []
-        for tiles, high, deep, stages in _WORTH_TRYING:
-            for split in clusters if tokens > 8 and high > 1 else (1,):
-                warps = high * deep * split * -(-shape.rows // (TILE * tiles * high))
-                if (
-                    _FEW_WARPS <= warps <= _MANY_WARPS
-                    and shape.columns >= BLOCK * deep * split * (stages - 1)
-                    and stages * deep * min(most, tokens) * _TOKEN_BYTES <= _SHARED_BYTES
-                    and tiles * shape.bits <= 16
-                ):
-                    found.append(
+        for tiles, high, deep, split in _WORTH_TRYING:
+            warps = high * deep * split * -(-shape.rows // (TILE * tiles * high))
+            if (
+                (split > 1 and not clusters)
+                or not _FEW_WARPS <= warps <= _MANY_WARPS
+                or shape.columns < BLOCK * deep * split
+                or tiles * shape.bits > 16
+            ):
+                continue
+            for stages in (2, 4):
+                if stages * deep * min(most, tokens) * _TOKEN_BYTES <= _SHARED_BYTES:
+                    found += [
                         {"most": most, "tiles": tiles, "high": high, "deep": deep}
-                        | {"stages": stages, "split": split}
-                    )
+                        | {"stages": stages, "split": split, "resident": resident}
+                        for resident in (0, 1)
+                    ]
         return found or [{}]
 
     def multiply(
@@ -120,18 +128,21 @@ class Mma:
             "DEEP": config.deep,
             "STAGES": config.stages,
             "SPLIT": config.split,
+            "RESIDENT": config.resident,
             "BF16": int(x.dtype == torch.bfloat16),
             "SCALE": cuda_program.SCALES[scales.dtype],
         }
         kernel = cuda_program.kernel("mma.cu", "mma", tuple(macros.items()), index)
         rows, here = TILE * config.tiles * config.high, min(len(x), most)
         staged = config.deep * config.stages * here * _TOKEN_BYTES
+        sums = 4 * config.deep * here * (rows + 4)
+        inbox = 4 * here * rows + 16 * config.split if config.split > 1 else 0
         numbers = (len(x), out_features, columns, x.stride(0), scales.shape[1])
         kernel.launch(
             (1, -(-out_features // rows), -(-len(x) // most)),
             32 * config.high * config.deep,
             (x, words, scales, zeros, y, *numbers),
-            shared=max(staged, 4 * config.deep * here * rows),
+            shared=max(staged, sums) + inbox,
             cluster=config.split,
             overlap=cuda_program.capability(index) >= 90,
         )

@@ -3,31 +3,35 @@
 // A thread block has HIGH * DEEP warps. Each warp has 16 * TILES rows of W; HIGH warps, one above
 // the other, share the x of a block of 128 columns, and DEEP such teams take every DEEP-th block of
 // columns (a cluster of SPLIT thread blocks shares the columns once more). Their sums meet at the
-// end. A warp has the weights of its next STAGES blocks under way while it multiplies the present
-// ones: that keeps enough bytes in flight to fill the memory bus. Higher teams read x, which comes
-// from the L2 cache, for more rows; deeper ones leave more teams for weights of few rows.
+// end. A warp has the weights of its next two blocks under way while it multiplies: that keeps
+// enough bytes in flight to fill the memory bus, and more were slower, be it in registers, in
+// shared memory or in the L2. Higher teams read x, which comes from the L2 cache, for more rows;
+// deeper ones leave more teams for weights of few rows.
 //
-// Unpacking must cost little, or it takes longer than the memory. A code under the exponent of
-// 2^10-b, b the place of its lowest bit, is the half-precision number 2^10-b + code: one mask, no
-// conversion (bf16: 2^7-b). Rows g have their codes at b = 0 and rows g + 8 a bit higher, where
-// they lie already, so one shift serves two registers. What the offset and the zero add to a sum is
-// the same multiple of the sum of x, which a product by ones gives; so for each group, in fp32,
+// Unpacking must cost little, or it takes longer than the memory, whose bus has a quarter of a
+// processor wait some 330 cycles for a block of 16 rows of 4 bits. A code that lies `place` bits up
+// in its half of a word, under the exponent of 2^(10 - place), is the half-precision number
+// 2^(10 - place) + code: one mask, no conversion (bf16: 2^(7 - place)). What it is too much by,
+// that power and the zero, is one number for each place in a group, and the difference is exact.
+// One shift brings down all codes that lie too high for that. So for each group, in fp32,
 //
-//     y += scale * (sum (offset + code) x - (offset + zero) sum x)
+//     y += scale * sum (code - zero) x
 //
-// and no weight is ever rounded. The offsets cost up to 7 of the 23 bits of fp32.
+// and no weight is ever rounded.
 //
 // Before the first touch of x the kernel waits for the one before it (griddepcontrol.wait); its
 // first weights are by then under way, as they depend on nobody.
 //
 // Options, as macros: BITS 2, 3, 4, 8; SUBS groups to a block of 128 columns (1, 2, 4) or else
-// GROUP_BLOCKS blocks to a group; TOKENS a multiple of 8; TILES 1, 2, 4; HIGH; DEEP; STAGES; SPLIT;
-// BF16; SCALE 0 fp16, 1 bf16, 2 fp32; SM 90 for sm90.
+// GROUP_BLOCKS blocks to a group; TOKENS a multiple of 8; TILES 1, 2, 4; HIGH; DEEP; STAGES blocks
+// of x in shared memory, 2 or 4; SPLIT; RESIDENT thread blocks that a processor should have
+// registers for, or 0; BF16; SCALE 0 fp16, 1 bf16, 2 fp32; SM 90 for sm90.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
 typedef unsigned long long u64;
 
+constexpr int AHEAD = 2;                     // blocks of W in registers
 constexpr int LANE_WORDS = 2 * BITS;         // of a tile and a block
 constexpr int TILE_WORDS = 32 * LANE_WORDS;  // of all lanes
 constexpr int FOURS = LANE_WORDS / 4;
@@ -35,6 +39,8 @@ constexpr int STRIPS = TOKENS / 8;
 constexpr int ROWS = 16 * TILES * HIGH;
 constexpr int STRIDE = 272;  // bytes of a token in shared memory: 16 more, or banks collide
 constexpr int THREADS = 32 * HIGH * DEEP;
+static_assert(STAGES % AHEAD == 0, "blocks of W keep their registers");
+constexpr int PITCH = ROWS + 4;  // floats of a token's sums in shared memory, for the same reason
 
 struct Weights {
     u32 words[TILES][LANE_WORDS];
@@ -61,29 +67,35 @@ __device__ __forceinline__ void load2(u32* to, const char* from, u64 policy) {
                  : "=r"(to[0]), "=r"(to[1]) : "l"(from), "l"(policy));
 }
 
-// Where a lane's part of the first tile begins, in bytes, and how far the tiles are apart.
+constexpr int PAIR_BYTES = SCALE == 2 ? 8 : 4;  // of two scales
+constexpr int BLOCK_BYTES = 4 * TILE_WORDS;
+
+// Where a lane finds its words of a tile (`narrow`: the last two of six), the scales and zeros of
+// its rows g and g + 8, and how far the tiles are apart. Words are those of a block; so are scales
+// where each block has its own group, else they are the first group's.
 struct Places {
-    u32 words, next_words, pairs, next_pairs;
+    const char *words, *narrow, *scales, *zeros;
+    u32 next_words, next_pairs;
 };
 
-constexpr int PAIR_BYTES = SCALE == 2 ? 8 : 4;  // of two scales
+constexpr bool STEADY = SUBS == 1 && GROUP_BLOCKS == 1;  // a group to a block
 
-__device__ __forceinline__ void fetch(Weights& w, const char* words, const char* scales,
-                                      const char* zeros, const Places& at, int block, int groups,
-                                      u64 policy) {
-    const u32 lane_words = at.words + block * (4 * TILE_WORDS);
+// Fetch a block of W, `ahead` blocks past the places.
+__device__ __forceinline__ void fetch(Weights& w, const Places& at, int ahead, int block,
+                                      int groups, u64 policy) {
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        const char* from = words + (lane_words + i * at.next_words);
+        const char* from = at.words + i * at.next_words + ahead * BLOCK_BYTES;
 #pragma unroll
         for (int c = 0; c < FOURS; c++) load4(w.words[i] + 4 * c, from + 512 * c, policy);
         if (LANE_WORDS % 4)
-            load2(w.words[i] + 4 * FOURS, from + 512 * FOURS - 8 * (threadIdx.x & 31), policy);
+            load2(w.words[i] + 4 * FOURS,
+                  at.narrow + i * at.next_words + ahead * BLOCK_BYTES + 512 * FOURS, policy);
 #pragma unroll
         for (int sub = 0; sub < SUBS; sub++) {
             const int group = min(block / GROUP_BLOCKS * SUBS + sub, groups - 1);
-            const u32 pair = at.pairs + i * at.next_pairs + 8 * group;
-            const char* scale = scales + pair * PAIR_BYTES;
+            const u32 pair = i * at.next_pairs + 8 * (STEADY ? ahead : group);
+            const char* scale = at.scales + pair * PAIR_BYTES;
             if (SCALE == 2) {
                 const uint2 both = __ldg(reinterpret_cast<const uint2*>(scale));
                 w.scales[i][sub][0] = both.x;
@@ -91,61 +103,78 @@ __device__ __forceinline__ void fetch(Weights& w, const char* words, const char*
             } else {
                 w.scales[i][sub][0] = __ldg(reinterpret_cast<const u32*>(scale));
             }
-            w.zeros[i][sub] = __ldg(reinterpret_cast<const u16*>(zeros + pair * 2));
+            w.zeros[i][sub] = __ldg(reinterpret_cast<const u16*>(at.zeros + pair * 2));
         }
     }
 }
 
-// Where the codes of rows g and g + 8 are put, what is put over them, and what that adds.
-constexpr int PLACES[2] = {0, BITS == 4 ? (BF16 ? 0 : 4) : BITS == 8 ? 0 : BITS};
-constexpr int TOP = BF16 ? 7 : 10;  // bits of the mantissa
+constexpr int TOP = BF16 ? 7 : 10;         // bits of the mantissa
+constexpr bool BYTES = BF16 && BITS == 8;  // 255 does not fit under an exponent
+constexpr int TURN = BITS == 3 ? 9 : 8;    // bits to shift a word by, for its upper codes
+
+// Where codes lie when they are masked: 0, BITS, ...
+constexpr int PLACES = TOP / BITS == 0 ? 1 : TOP < TURN ? TOP / BITS : TURN / BITS;
+
+// The exponent of 2^(TOP - place), in both halves
 __device__ constexpr u32 exponent(int place) {
-    return BF16 ? 0x4300 - (place << 7) : 0x6400 - (place << 10);
-}
-constexpr bool BYTES = BF16 && BITS == 8;  // 255 needs all bits there are: no room for an offset
-constexpr float OFFSETS[2] = {BYTES ? 0.f : static_cast<float>(1 << (TOP - PLACES[0])),
-                              BYTES ? 0.f : static_cast<float>(1 << (TOP - PLACES[1]))};
-
-template <int SHIFT>
-__device__ __forceinline__ u32 shifted(u32 word) {
-    if constexpr (SHIFT < 0) return word << -SHIFT;
-    return word >> (SHIFT < 0 ? 0 : SHIFT);
+    return ((BF16 ? 127 : 15) + TOP - place << TOP) * 0x00010001u;
 }
 
-// Two codes of a lane, pair 4 * step + register, each with its offset, in half precision.
-template <int PAIR>
-__device__ __forceinline__ u32 codes(const u32* words, const u32 (&masks)[2]) {
-    constexpr int half = PAIR & 1, to = PLACES[half];
-    constexpr u32 over = exponent(to) * 0x00010001u;
-    if constexpr (BITS == 3 && PAIR >= 30) {
-        constexpr int first = 3 * (PAIR - 30);
-        return (shifted<15 - to>(words[first]) & 0x00010001u << to) |
-               (shifted<14 - to>(words[first + 1]) & 0x00020002u << to) |
-               (shifted<13 - to>(words[first + 2]) & 0x00040004u << to) | over;
-    } else if constexpr (BYTES) {
-        u32 result;
-        float low = __uint_as_float(__byte_perm(words[PAIR / 2], 0x4B000000, 0x7650 + PAIR % 2));
-        float high = __uint_as_float(__byte_perm(words[PAIR / 2], 0x4B000000, 0x7652 + PAIR % 2));
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high - 8388608.f), "f"(low - 8388608.f));
-        return result;
-    } else if constexpr (BITS == 8) {
-        return __byte_perm(words[PAIR / 2], over, PAIR % 2 ? 0x7371 : 0x7270);
-    } else {
-        constexpr int each = BITS == 3 ? 5 : 16 / BITS;
-        u32 result;  // (word & mask) | over
-        asm("lop3.b32 %0, %1, %2, %3, 0xEA;"
-            : "=r"(result)
-            : "r"(shifted<BITS * (PAIR % each) - to>(words[PAIR / each])), "r"(masks[half]), "n"(over));
-        return result;
+__device__ constexpr int shift_of(int at) { return at % TURN + BITS <= TOP ? at - at % TURN : at; }
+
+__device__ __forceinline__ u32 less(u32 a, u32 b) {  // a - b, of both halves
+    u32 result;
+    if constexpr (BF16)  // sm80 has no other of bf16
+        asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(b), "r"(0xBF80BF80), "r"(a));
+    else
+        asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(b));
+    return result;
+}
+
+// What the codes at a place are too much by: the power of 2, and the zero of rows g + 8 * HALF.
+template <int HALF, int PLACE>
+__device__ __forceinline__ u32 excess(u32 zeros) {
+    const u32 zero = __byte_perm(zeros, 0, HALF ? 0x4141 : 0x4040);
+    if constexpr (PLACE == 0) {
+        return zero | exponent(0);
+    } else {  // 2^TOP - 2^(TOP - PLACE) less, which is exact
+        constexpr u32 mantissa = (1 << TOP) - (2 << TOP - PLACE);
+        return less(excess<HALF, 0>(zeros), exponent(1) | mantissa * 0x00010001u);
     }
 }
 
-template <int STEP>
-__device__ __forceinline__ void fragment(u32 (&a)[4], const u32* words, const u32 (&masks)[2]) {
-    a[0] = codes<4 * STEP>(words, masks);
-    a[1] = codes<4 * STEP + 1>(words, masks);
-    a[2] = codes<4 * STEP + 2>(words, masks);
-    a[3] = codes<4 * STEP + 3>(words, masks);
+// Two codes of a lane, pair 4 * step + register, less their zeros, in half precision.
+template <int PAIR>
+__device__ __forceinline__ u32 codes(const u32* words, u32 zeros, const u32 (&masks)[PLACES]) {
+    constexpr int half = PAIR & 1;
+    if constexpr (BITS == 3 && PAIR >= 30) {
+        constexpr int first = 3 * (PAIR - 30);
+        return less((words[first] >> 15 & 0x00010001u) | (words[first + 1] >> 14 & 0x00020002u) |
+                        (words[first + 2] >> 13 & 0x00040004u) | exponent(0),
+                    excess<half, 0>(zeros));
+    } else if constexpr (BYTES) {  // under the exponent of 2^23 in fp32
+        float part[2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const u32 code = __byte_perm(words[PAIR / 2], 0x4B000000, 0x7650 + 2 * i + PAIR % 2);
+            const u32 zero = __byte_perm(zeros, 0x4B000000, 0x7650 + half);
+            part[i] = __uint_as_float(code) - __uint_as_float(zero);
+        }
+        u32 result;
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(part[1]), "f"(part[0]));
+        return result;
+    } else if constexpr (BITS == 8) {
+        return less(__byte_perm(words[PAIR / 2], exponent(0), PAIR % 2 ? 0x7371 : 0x7270),
+                    excess<half, 0>(zeros));
+    } else {
+        constexpr int each = BITS == 3 ? 5 : 16 / BITS, at = BITS * (PAIR % each);
+        constexpr int shift = shift_of(at), place = at - shift;
+        u32 result;  // (word & mask) | exponent
+        asm("lop3.b32 %0, %1, %2, %3, 0xEA;"
+            : "=r"(result)
+            : "r"(words[PAIR / each] >> shift), "r"(masks[place / BITS]), "n"(exponent(place)));
+        return less(result, excess<half, place>(zeros));
+    }
 }
 
 __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -176,48 +205,42 @@ __device__ __forceinline__ void scale_of(float (&scale)[2], const u32* stored) {
 
 typedef float Sums[TILES][STRIPS][4];
 
-struct Group {
-    Sums sums;
-    float x[STRIPS][4];  // the sums of x, in the same places
-};
-
 template <int STEP>
-__device__ __forceinline__ void step(Sums& total, Group& group, const Weights& w,
-                                     const u32 (&x)[STRIPS][4], const u32 (&masks)[2]) {
+__device__ __forceinline__ void step(Sums& total, Sums& group, const Weights& w,
+                                     const u32 (&x)[STRIPS][4], const u32 (&masks)[PLACES]) {
     constexpr int EACH = 8 / SUBS;  // steps to a group
-    constexpr u32 one = BF16 ? 0x3F803F80 : 0x3C003C00;
-    constexpr u32 ones[4] = {one, one, one, one};
-    if (STEP % EACH == 0) group = {};
+    if (STEP % EACH == 0)
 #pragma unroll
-    for (int n = 0; n < STRIPS; n++)
-        multiply(group.x[n], ones, x[n][2 * (STEP % 2)], x[n][2 * (STEP % 2) + 1]);
-#pragma unroll
-    for (int i = 0; i < TILES; i++) {
-        u32 a[4];
-        fragment<STEP>(a, w.words[i], masks);
-#pragma unroll
-        for (int n = 0; n < STRIPS; n++)
-            multiply(group.sums[i][n], a, x[n][2 * (STEP % 2)], x[n][2 * (STEP % 2) + 1]);
-        if (STEP % EACH == EACH - 1) {
-            float scale[2];
-            scale_of(scale, w.scales[i][STEP / EACH]);
-            const u32 both = w.zeros[i][STEP / EACH];
-            const float zero[2] = {OFFSETS[0] + __uint2float_rn(both & 0xFF),
-                                   OFFSETS[1] + __uint2float_rn(both >> 8)};
+        for (int i = 0; i < TILES; i++)
 #pragma unroll
             for (int n = 0; n < STRIPS; n++)
 #pragma unroll
-                for (int c = 0; c < 4; c++)
-                    total[i][n][c] +=
-                        scale[c / 2] * (group.sums[i][n][c] - zero[c / 2] * group.x[n][c]);
+                for (int c = 0; c < 4; c++) group[i][n][c] = 0;
+#pragma unroll
+    for (int i = 0; i < TILES; i++) {
+        const u32 zeros = w.zeros[i][STEP / EACH];
+        const u32 a[4] = {codes<4 * STEP>(w.words[i], zeros, masks),
+                          codes<4 * STEP + 1>(w.words[i], zeros, masks),
+                          codes<4 * STEP + 2>(w.words[i], zeros, masks),
+                          codes<4 * STEP + 3>(w.words[i], zeros, masks)};
+#pragma unroll
+        for (int n = 0; n < STRIPS; n++)
+            multiply(group[i][n], a, x[n][2 * (STEP % 2)], x[n][2 * (STEP % 2) + 1]);
+        if (STEP % EACH == EACH - 1) {
+            float scale[2];
+            scale_of(scale, w.scales[i][STEP / EACH]);
+#pragma unroll
+            for (int n = 0; n < STRIPS; n++)
+#pragma unroll
+                for (int c = 0; c < 4; c++) total[i][n][c] += scale[c / 2] * group[i][n][c];
         }
     }
 }
 
 template <int HALF>  // two steps, whose x one ldmatrix brings
-__device__ __forceinline__ void steps(Sums& total, Group& group, const Weights& w,
+__device__ __forceinline__ void steps(Sums& total, Sums& group, const Weights& w,
                                       const u32 (&place)[STRIPS], u32 buffer,
-                                      const u32 (&masks)[2]) {
+                                      const u32 (&masks)[PLACES]) {
     u32 x[STRIPS][4];
 #pragma unroll
     for (int n = 0; n < STRIPS; n++)
@@ -228,20 +251,22 @@ __device__ __forceinline__ void steps(Sums& total, Group& group, const Weights& 
     step<2 * HALF + 1>(total, group, w, x, masks);
 }
 
-// A team's block of x into shared memory, zeros beyond the last column. A thread has one chunk of 8
+// A team's block of x into shared memory, zeros where `real` is false. A thread has one chunk of 8
 // columns, of every 2 * HIGH-th token from its first.
-__device__ __forceinline__ void stage(u32 to, const char* x, u32 from, int tokens, int column,
-                                      int columns, u32 apart, int block) {
-    const int bytes = 128 * block + column < columns ? 16 : 0;
-    from += bytes ? 256 * block : 0;
+__device__ __forceinline__ void stage(u32 to, const char* from, int tokens, u32 apart, bool real) {
 #pragma unroll
     for (int i = 0; i < (TOKENS + 2 * HIGH - 1) / (2 * HIGH); i++)
         if (2 * HIGH * i < tokens)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                         :: "r"(to + 2 * HIGH * STRIDE * i), "l"(x + (from + apart * i)), "r"(bytes));
+                         :: "r"(to + 2 * HIGH * STRIDE * i), "l"(from + apart * i),
+                            "r"(real ? 16 : 0));
 }
 
-__device__ __forceinline__ u16 rounded(float value) {
+__device__ __forceinline__ void add(float4& to, const float4& more) {
+    to.x += more.x, to.y += more.y, to.z += more.z, to.w += more.w;
+}
+
+__device__ __forceinline__ u32 rounded(float value) {
     u16 result;
     if constexpr (BF16)
         asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
@@ -252,9 +277,14 @@ __device__ __forceinline__ u16 rounded(float value) {
 
 // Grid (SPLIT, row blocks, strips of TOKENS tokens); x [tokens, columns] with rows `stride` apart,
 // y [tokens, out].
-extern "C" __global__ void __launch_bounds__(THREADS)
-mma(const char* x, const char* words, const char* scales, const char* zeros, u16* y, int tokens, int out,
-    int columns, int stride, int groups) {
+extern "C" __global__ void
+#if RESIDENT
+__launch_bounds__(THREADS, RESIDENT)
+#else
+__launch_bounds__(THREADS)
+#endif
+mma(const char* x, const char* words, const char* scales, const char* zeros, u16* y, int tokens,
+    int out, int columns, int stride, int groups) {
     extern __shared__ __align__(16) char shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, team = warp / HIGH;
     const int member = warp % HIGH, thread = threadIdx.x % (32 * HIGH);
@@ -264,19 +294,40 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
     const int each = (blocks + SPLIT - 1) / SPLIT;
     const int end = min(blocks, each * (static_cast<int>(blockIdx.x) + 1));
     const int first = each * static_cast<int>(blockIdx.x) + team;
+#if SPLIT > 1
+    // Each block of the cluster adds up a share of the sums, which the others send to its inbox,
+    // [SPLIT][share] of four; `full` counts what has come. So nobody reads another's memory, and a
+    // block leaves when its share is done.
+    __shared__ __align__(8) u64 arrived;
+    const u32 full = shared_address(&arrived);
+    const int share = (here * (ROWS / 4) + SPLIT - 1) / SPLIT, begin = share * blockIdx.x;
+    const u32 inbox =
+        shared_address(shared) + max(DEEP * STAGES * here * STRIDE, 4 * DEEP * here * PITCH);
+    if (threadIdx.x == 0) {
+        const int all = 16 * (SPLIT - 1) * max(0, min(share, here * (ROWS / 4) - begin));
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;"
+                     :: "r"(full) : "memory");
+        asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                     :: "r"(full), "r"(all) : "memory");
+    }
+    __syncwarp();
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;");  // the wait is much later
+#endif
     u64 policy;
     asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
 
     Places at;
-    at.next_words = blocks * (4 * TILE_WORDS);
-    at.words = kept(tile * at.next_words + 16 * lane);
+    at.next_words = blocks * BLOCK_BYTES;
     at.next_pairs = 8 * groups;
-    at.pairs = kept(tile * at.next_pairs + (lane >> 2));
-    Weights ring[STAGES];
+    const u32 pair = tile * at.next_pairs + (lane >> 2) + (STEADY ? 8 * first : 0);
+    at.words = words + (tile * at.next_words + 16 * lane) + first * BLOCK_BYTES;
+    at.narrow = at.words - 8 * lane;
+    at.scales = scales + pair * PAIR_BYTES;
+    at.zeros = zeros + pair * 2;
+    Weights ring[AHEAD];
 #pragma unroll
-    for (int i = 0; i < STAGES; i++)
-        if (first + i * DEEP < end)
-            fetch(ring[i], words, scales, zeros, at, first + i * DEEP, groups, policy);
+    for (int i = 0; i < AHEAD; i++)
+        if (first + i * DEEP < end) fetch(ring[i], at, i * DEEP, first + i * DEEP, groups, policy);
 #if SM >= 90
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -284,13 +335,14 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
     const int size = here * STRIDE, token = thread >> 4, column = 8 * (thread & 15);
     const u32 buffers = shared_address(shared) + team * STAGES * size;
     const u32 to = kept(buffers + token * STRIDE + 2 * column);
-    const u32 start_x = kept(2 * ((first_token + token) * stride + column));
+    const char* from = x + 2 * ((first_token + token) * stride + column) + 256 * first;
+    const int whole = kept((columns - column + 127) / 128);  // blocks whose x a thread finds
     const u32 apart = 4 * HIGH * stride;  // bytes between a thread's tokens
     const int left = kept(here - token);
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) {
-        if (first + i * DEEP < end)
-            stage(to + i * size, x, start_x, left, column, columns, apart, first + i * DEEP);
+        const int block = first + i * DEEP;
+        if (block < end) stage(to + i * size, from + 256 * i * DEEP, left, apart, block < whole);
         asm volatile("cp.async.commit_group;");
     }
     u32 place[STRIPS];  // tokens that are not there read one that is: their sums are not kept
@@ -299,37 +351,47 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
         place[n] = kept(min(8 * n + (lane & 7), here - 1) * STRIDE + 16 * (lane >> 3) + buffers);
 
     const u32 none = tokens & 0x80000000;  // 0, which the compiler does not know
-    const u32 masks[2] = {kept(((1u << BITS) - 1 << PLACES[0]) * 0x00010001u | none),
-                          kept(((1u << BITS) - 1 << PLACES[1]) * 0x00010001u | none)};
-    Sums total = {};
-    Group group;
+    u32 masks[PLACES];
+#pragma unroll
+    for (int i = 0; i < PLACES; i++)
+        masks[i] = kept(((1u << BITS) - 1 << i * BITS) * 0x00010001u | none);
+    const u32 barrier = kept(team + 1);
+    Sums total = {}, group;
     for (int base = first; base < end; base += STAGES * DEEP) {
 #pragma unroll
         for (int i = 0; i < STAGES; i++) {
             const int block = base + i * DEEP;
             if (block < end) {
-                asm volatile("cp.async.wait_group %0;" :: "n"(STAGES > 1 ? STAGES - 2 : 0) : "memory");
+                Weights& w = ring[i % AHEAD];
+                asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
                 if (HIGH == 1)
                     __syncwarp();
                 else
-                    asm volatile("bar.sync %0, %1;" :: "r"(team + 1), "n"(32 * HIGH) : "memory");
-                const int next = block + (STAGES - 1) * DEEP;
-                if (next < end)
-                    stage(to + (i + STAGES - 1) % STAGES * size, x, start_x, left, column, columns,
-                          apart, next);
+                    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(32 * HIGH) : "memory");
+                const int next = i + STAGES - 1;
+                if (base + next * DEEP < end)
+                    stage(to + next % STAGES * size, from + 256 * next * DEEP, left, apart,
+                          base + next * DEEP < whole);
                 asm volatile("cp.async.commit_group;");
-                steps<0>(total, group, ring[i], place, i * size, masks);
-                steps<1>(total, group, ring[i], place, i * size, masks);
-                steps<2>(total, group, ring[i], place, i * size, masks);
-                steps<3>(total, group, ring[i], place, i * size, masks);
-                if (block + STAGES * DEEP < end)
-                    fetch(ring[i], words, scales, zeros, at, block + STAGES * DEEP, groups, policy);
+                steps<0>(total, group, w, place, i * size, masks);
+                steps<1>(total, group, w, place, i * size, masks);
+                steps<2>(total, group, w, place, i * size, masks);
+                steps<3>(total, group, w, place, i * size, masks);
+                const int ahead = (i + AHEAD) * DEEP;
+                if (base + ahead < end) fetch(w, at, ahead, base + ahead, groups, policy);
             }
+        }
+        from += 256 * STAGES * DEEP;
+        at.words += STAGES * DEEP * BLOCK_BYTES;
+        at.narrow += STAGES * DEEP * BLOCK_BYTES;
+        if (STEADY) {
+            at.scales += 8 * PAIR_BYTES * STAGES * DEEP;
+            at.zeros += 16 * STAGES * DEEP;
         }
     }
 
-    // The sums of the teams, then of the cluster: always in one order.
-    float* sums = reinterpret_cast<float*>(shared);  // [DEEP][here][ROWS]
+    // The sums of the teams, then of the cluster: always in one order, four rows at once.
+    float* sums = reinterpret_cast<float*>(shared);  // [DEEP][here][PITCH]
     asm volatile("cp.async.wait_all;" ::: "memory");
     __syncthreads();
 #pragma unroll
@@ -340,35 +402,67 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
             for (int c = 0; c < 4; c++) {
                 int token = 8 * n + 2 * (lane & 3) + (c & 1);
                 int row = 16 * (member * TILES + i) + (lane >> 2) + 8 * (c >> 1);
-                if (token < here) sums[(team * here + token) * ROWS + row] = total[i][n][c];
+                if (token < here) sums[(team * here + token) * PITCH + row] = total[i][n][c];
             }
     __syncthreads();
-    const int count = here * ROWS, start = blockIdx.y * ROWS;
-    for (int i = threadIdx.x; i < count; i += THREADS) {
-        float sum = 0;
+    constexpr int FOURS_HIGH = ROWS / 4;
+    const int count = here * FOURS_HIGH, start = blockIdx.y * ROWS;
+    auto mine = [&](int four) {
+        const float* from = sums + four / FOURS_HIGH * PITCH + four % FOURS_HIGH * 4;
+        float4 sum = *reinterpret_cast<const float4*>(from);
 #pragma unroll
-        for (int t = 0; t < DEEP; t++) sum += sums[t * count + i];
+        for (int t = 1; t < DEEP; t++)
+            add(sum, *reinterpret_cast<const float4*>(from + t * here * PITCH));
+        return sum;
+    };
 #if SPLIT > 1
-        sums[i] = sum;
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    for (int i = threadIdx.x; i < count; i += THREADS) {
+        const int to = i / share;
+        if (to == blockIdx.x) continue;
+        const float4 sum = mine(i);
+        const u32 at = inbox + 16 * (share * blockIdx.x + i - to * share);
+        asm volatile("{.reg .b32 at, full;\n"
+                     "mapa.shared::cluster.u32 at, %0, %6; mapa.shared::cluster.u32 full, %1, %6;\n"
+                     "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32"
+                     " [at], {%2, %3, %4, %5}, [full];}"
+                     :: "r"(at), "r"(full), "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w), "r"(to)
+                     : "memory");
     }
-    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-    for (int i = threadIdx.x + THREADS * blockIdx.x; i < count; i += THREADS * SPLIT) {
-        float sum = 0;
+    if (begin + threadIdx.x < min(begin + share, count))
+        asm volatile("{.reg .pred done;\n"
+                     "again: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64"
+                     " done, [%0], 0;\n"
+                     "@!done bra again;}" :: "r"(full) : "memory");
+#else
+    const int begin = 0, share = count;
+#endif
+    for (int i = begin + threadIdx.x; i < min(begin + share, count); i += THREADS) {
+        float4 sum = mine(i);
+#if SPLIT > 1
+        float4 own = sum;
+        sum = {};
 #pragma unroll
         for (int rank = 0; rank < SPLIT; rank++) {
-            u32 remote;
-            float part;
-            asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                         : "=r"(remote) : "r"(shared_address(sums + i)), "r"(rank));
-            asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(part) : "r"(remote));
-            sum += part;
+            float4 part = own;
+            if (rank != blockIdx.x)
+                asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                             : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
+                             : "r"(inbox + 16 * (rank * share + i - begin)) : "memory");
+            add(sum, part);
         }
 #endif
-        int token = i / ROWS, row = i % ROWS;
-        if (start + row < out)
-            y[static_cast<u64>(first_token + token) * out + start + row] = rounded(sum);
+        const int token = i / FOURS_HIGH, row = start + i % FOURS_HIGH * 4;
+        u16* to = y + static_cast<u64>(first_token + token) * out + row;
+        const u32 low = rounded(sum.x) | rounded(sum.y) << 16;
+        const u32 high = rounded(sum.z) | rounded(sum.w) << 16;
+        if (row + 4 <= out && out % 4 == 0) {
+            *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
+        } else {
+            if (row < out) to[0] = low;
+            if (row + 1 < out) to[1] = low >> 16;
+            if (row + 2 < out) to[2] = high;
+            if (row + 3 < out) to[3] = high >> 16;
+        }
     }
-#if SPLIT > 1
-    asm volatile("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;" ::: "memory");
-#endif
 }
