@@ -52,6 +52,12 @@ def workshop() -> Iterator[Workshop]:
 
 
 @pytest.fixture(scope="session")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `cuda_on_cpu` puts what it compiles."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama folder: grouped-query attention, an untied head, fp32."""
     return save(make_model(llama_config()), tmp_path_factory.mktemp("llama"))

@@ -1,94 +1,113 @@
 // What a kernel of CUDA C++ needs to run on a CPU: threads as fibers, and the instructions that our
 // kernels name. cuda_on_cpu.py turns each `asm` into a call of the function of its name here.
 //
-// Fibers change only where threads wait for each other, and in an order that `seed` draws. Copies that
-// are asynchronous arrive when they are waited for (LATE) or at once, which a GPU may do as well: what
-// depends on either is a missing wait, or a buffer that is filled while it is read. Shared memory
-// begins as NaN; what lies outside of it or of the arguments is an error.
+// Fibers change only where threads wait for each other, and in an order that a seed draws. What is
+// asynchronous happens at once, or (late) when it is waited for, or when no thread can go on: a GPU may
+// do either, and what depends on it is a missing wait, or memory that is changed while it is read.
+// Shared memory begins as NaN; what lies outside of it or of the arguments is a fault.
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
+#include <memory>
 #include <random>
+#include <type_traits>
+#include <utility>
 #include <vector>
 #include <ucontext.h>
 
 #define __device__
 #define __global__
-#define __shared__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
 #define __grid_constant__
 
 using std::max;
 using std::min;
 
-struct uint2 { unsigned x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct uint3 { unsigned x, y, z; };
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace gpu {
 
-constexpr int STACK = 256 * 1024, GUARD = 1024, STATIC_BYTES = 64;
+typedef std::uint16_t u16;
+typedef std::uint32_t u32;
+typedef unsigned long long u64;
 
-struct Copy { char* to; const char* from; int bytes, zeros; };
+struct Index { unsigned x, y, z; };
+
+// ---- threads -------------------------------------------------------------------------------------
+
+constexpr int STACK = 256 * 1024, GUARD = 1024, STATIC_BYTES = 4096, MEETINGS = 16;
+
 struct Barrier { int arrived = 0; unsigned generation = 0; };
-
+struct Copy { char* to; const char* from; int bytes, zeros; };
+struct Wgmma { std::vector<float*> sums; std::array<const u32*, 4> a; u64 b; };
 struct Block;
 
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
-    uint3 thread;
+    Index thread;
     Block* block;
-    bool done = false;
-    int arrivals = 0;                      // at the barrier of the cluster
-    std::deque<std::vector<Copy>> groups;  // asynchronous copies, committed
-    std::vector<Copy> open;
+    int arrivals;  // at the barrier of the cluster
+    bool waited;   // for the kernel before
+    bool done;
+    std::deque<std::vector<Copy>> copies;  // groups that are under way
+    std::vector<Copy> open_copies;
+    std::deque<std::vector<Wgmma>> products;
+    std::vector<Wgmma> open_products;
 };
 
 struct Warp {
     Barrier barrier;
-    std::uint32_t given[32][8];
+    u32 given[32][8];
 };
 
 struct Block {
-    uint3 index;
-    int rank, threads;
+    Index index;
+    int threads;
     std::vector<char> memory;
     std::vector<Warp> warps;
     Barrier named[16];
-    std::vector<Block>* cluster;
-    long* cluster_arrivals;
 };
 
-struct Pending { Block* block; std::uint32_t offset; long count; long bytes; unsigned phase; };
+struct Mbarrier { Block* block; u32 offset; long all, count, bytes; unsigned phase; };
 
 inline Fiber* current;
 inline ucontext_t scheduler;
-inline bool late;
-inline int shared_bytes;
+inline Index grid;
+inline std::vector<Block> cluster;
+inline std::array<long, MEETINGS> cluster_arrivals;
+inline std::deque<Mbarrier> mbarriers;
+inline std::deque<std::function<void()>> engine;  // what has not come yet, though nobody asks for it
 inline std::vector<std::pair<const char*, std::size_t>> arguments;
-inline std::vector<Pending> mbarriers;
-inline long waits;
+inline int shared_bytes;
+inline bool late;
+inline long long stale;  // is added to what a kernel reads before it waits for the one before it
+inline long waits;       // since something happened
 inline const char* fault;
-
-// The thread goes no further, and nor does the launch
-[[noreturn]] inline void fail(const char* what) {
-    fault = what;
-    swapcontext(&current->context, &scheduler);
-    std::abort();
-}
 
 inline void pause() {
     waits++;
     swapcontext(&current->context, &scheduler);
+}
+
+// The thread goes no further, and nor does the launch
+[[noreturn]] inline void fail(const char* what) {
+    fault = what;
+    pause();
+    std::abort();
 }
 
 inline void meet(Barrier& barrier, int all) {
@@ -102,29 +121,50 @@ inline void meet(Barrier& barrier, int all) {
     }
 }
 
-inline Warp& warp() { return current->block->warps[current->thread.x / 32]; }
 inline int lane() { return current->thread.x % 32; }
+inline Warp& warp() { return current->block->warps[current->thread.x / 32]; }
 inline void meet_warp() { meet(warp().barrier, 32); }
 
-inline std::uint32_t static_memory() { return (shared_bytes + 15) / 16 * 16 + GUARD; }
+// ---- memory --------------------------------------------------------------------------------------
 
-inline char* shared_at(std::uint32_t address, int bytes) {
-    Block* block = current->block;
-    if (address >> 24) block = &(*block->cluster)[(address >> 24) - 1];
-    const std::uint32_t offset = address & 0xFFFFFF;
+// A shared address: the place, and above 24 bits one more than the rank of another block.
+inline u32 static_memory() { return (shared_bytes + 15) / 16 * 16 + GUARD; }
+inline Block* block_of(u32 address) { return address >> 24 ? &cluster[(address >> 24) - 1] : current->block; }
+
+inline char* shared_at(u32 address, int bytes) {
+    Block* block = block_of(address);
+    const u32 offset = address & 0xFFFFFF;
     const bool is_static = offset >= static_memory() && offset + bytes <= block->memory.size();
-    if (offset + bytes > static_cast<std::uint32_t>(shared_bytes) && !is_static) fail("outside of shared memory");
+    if (offset + bytes > static_cast<u32>(shared_bytes) && !is_static) fail("outside of shared memory");
     if (offset % bytes) fail("shared memory: not aligned");
     return block->memory.data() + offset;
 }
 
-inline const char* global_at(const char* from, int bytes) {
+inline const char* global_at(const void* place, int bytes, int align) {
+    const char* from = static_cast<const char*>(place);
+    if (reinterpret_cast<std::uintptr_t>(from) % align) fail("global memory: not aligned");
     for (auto& [start, size] : arguments)
-        if (from >= start && from + bytes <= start + size) {
-            if (reinterpret_cast<std::uintptr_t>(from) % bytes) fail("global memory: not aligned");
-            return from;
-        }
+        if (from >= start && from + bytes <= start + size) return from;
     fail("outside of the arguments");
+}
+
+template <class... T>
+inline void load(const void* from, T&... to) {
+    constexpr int size = (sizeof(T) + ...);
+    const char* at = global_at(from, size, size);
+    ((std::memcpy(&to, at, sizeof(T)), at += sizeof(T)), ...);
+}
+
+template <class... T>
+inline void load_shared(u32 from, T&... to) {
+    const char* at = shared_at(from, (sizeof(T) + ...));
+    ((std::memcpy(&to, at, sizeof(T)), at += sizeof(T)), ...);
+}
+
+template <class... T>
+inline void store_shared(u32 to, T... values) {
+    char* at = shared_at(to, (sizeof(T) + ...));
+    ((std::memcpy(at, &values, sizeof(T)), at += sizeof(T)), ...);
 }
 
 inline void land(const Copy& copy) {
@@ -132,94 +172,116 @@ inline void land(const Copy& copy) {
     std::memset(copy.to + copy.bytes, 0, copy.zeros);
 }
 
-inline float half_to_float(std::uint16_t h) {
-    _Float16 value;
-    std::memcpy(&value, &h, 2);
-    return value;
+inline Mbarrier& mbarrier(u32 address) {
+    for (auto& one : mbarriers)
+        if (one.block == block_of(address) && one.offset == (address & 0xFFFFFF)) return one;
+    fail("an mbarrier that is not there");
 }
 
-inline std::uint16_t float_to_half(float f) {
-    const _Float16 value = static_cast<_Float16>(f);
-    std::uint16_t h;
-    std::memcpy(&h, &value, 2);
-    return h;
+inline void happen(std::function<void()> what) {
+    if (late)
+        engine.push_back(std::move(what));
+    else
+        what();
 }
 
-inline float bf16_to_float(std::uint16_t h) {
-    const std::uint32_t bits = static_cast<std::uint32_t>(h) << 16;
-    float f;
-    std::memcpy(&f, &bits, 4);
-    return f;
+inline void settle(Mbarrier& one) {
+    waits = 0;
+    if (one.count < 0) fail("an mbarrier with more arrivals than it has");
+    if (one.count == 0 && one.bytes == 0) one.phase++, one.count = one.all;
 }
 
-inline std::uint16_t float_to_bf16(float f) {
-    std::uint32_t bits;
+// ---- numbers -------------------------------------------------------------------------------------
+
+inline float of_f16(u16 h) { _Float16 x; std::memcpy(&x, &h, 2); return static_cast<float>(x); }
+inline u16 to_f16(float f) { const _Float16 x = static_cast<_Float16>(f); u16 h; std::memcpy(&h, &x, 2); return h; }
+inline float of_bf16(u16 h) { const u32 bits = static_cast<u32>(h) << 16; float f; std::memcpy(&f, &bits, 4); return f; }
+inline u16 to_bf16(float f) {
+    u32 bits;
     std::memcpy(&bits, &f, 4);
-    if (f != f) return 0x7FFF;
-    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+    return f != f ? 0x7FFF : (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
-template <class Make>
-inline std::uint32_t of_both(Make make) {
-    return make(0) | static_cast<std::uint32_t>(make(16)) << 16;
+inline bool bf16;  // what the kernel's macro HALF is
+
+struct F16 {
+    static float of(u16 h) { return of_f16(h); }
+    static u16 to(float f) { return to_f16(f); }
+};
+struct Bf16 {
+    static float of(u16 h) { return of_bf16(h); }
+    static u16 to(float f) { return to_bf16(f); }
+};
+struct Half {
+    static float of(u16 h) { return bf16 ? of_bf16(h) : of_f16(h); }
+    static u16 to(float f) { return bf16 ? to_bf16(f) : to_f16(f); }
+};
+
+template <class H, class F, class... T>
+inline u32 of_both(F f, T... values) {
+    return H::to(f(H::of(values)...)) | static_cast<u32>(H::to(f(H::of(values >> 16)...))) << 16;
 }
 
 // d += a b: a 16 x 16 in four registers, b 16 x 8 in two, d 16 x 8 in four (PTX ISA, m16n8k16)
-template <float (*VALUE)(std::uint16_t)>
-inline void matrix(float& d0, float& d1, float& d2, float& d3, std::uint32_t a0, std::uint32_t a1,
-                   std::uint32_t a2, std::uint32_t a3, std::uint32_t b0, std::uint32_t b1) {
-    const std::uint32_t mine[6] = {a0, a1, a2, a3, b0, b1};
+template <class H>
+inline void matrix(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    const u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     std::memcpy(warp().given[lane()], mine, sizeof mine);
     meet_warp();
     float* d[4] = {&d0, &d1, &d2, &d3};
-    float sums[4];
     for (int c = 0; c < 4; c++) {
         const int row = lane() / 4 + c / 2 * 8, column = lane() % 4 * 2 + c % 2;
         double sum = *d[c];
         for (int k = 0; k < 16; k++) {
-            const std::uint32_t* left = warp().given[row % 8 * 4 + k % 8 / 2];
-            const std::uint32_t* right = warp().given[column * 4 + k % 8 / 2];
-            const int shift = k % 2 * 16;
-            sum += static_cast<double>(VALUE(left[row / 8 + k / 8 * 2] >> shift)) *
-                   VALUE(right[4 + k / 8] >> shift);
+            const u32 left = warp().given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> k % 2 * 16;
+            const u32 right = warp().given[column * 4 + k % 8 / 2][4 + k / 8] >> k % 2 * 16;
+            sum += static_cast<double>(H::of(left)) * H::of(right);
         }
-        sums[c] = static_cast<float>(sum);
+        *d[c] = static_cast<float>(sum);
     }
     meet_warp();
-    for (int c = 0; c < 4; c++) *d[c] = sums[c];
 }
 
-inline Pending& mbarrier_at(Block* block, std::uint32_t offset) {
-    for (auto& one : mbarriers)
-        if (one.block == block && one.offset == offset) return one;
-    fail("an mbarrier that was not initialized");
-}
+// Columns of K in rows of 128 bytes, eight rows 1024 bytes, 16-byte pieces swizzled among each other
+inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
-inline Pending& mbarrier_of(std::uint32_t address) {
-    Block* block = current->block;
-    if (address >> 24) block = &(*block->cluster)[(address >> 24) - 1];
-    return mbarrier_at(block, address & 0xFFFFFF);
-}
-
-inline void settle(Pending& one) {
-    if (one.count == 0 && one.bytes == 0) one.phase++, one.count = 1;
+// A warp's 16 rows of wgmma: as above, for as many columns as there are sums, b in shared memory
+inline void product(const Wgmma& work) {
+    for (int i = 0; i < 4; i++) warp().given[lane()][i] = *work.a[i];
+    meet_warp();
+    if (work.b >> 62 != 1 || (work.b >> 32 & 0x3FFF) != 64) fail("wgmma: a descriptor of another kind");
+    const u32 start = static_cast<u32>(work.b & 0x3FFF) << 4;
+    for (std::size_t c = 0; c < work.sums.size(); c++) {
+        const int row = lane() / 4 + c / 2 % 2 * 8, column = c / 4 * 8 + lane() % 4 * 2 + c % 2;
+        double sum = *work.sums[c];
+        for (int k = 0; k < 16; k++) {
+            const u32 left = warp().given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> k % 2 * 16;
+            u16 right;
+            load_shared(swizzled(start + column / 8 * 1024 + column % 8 * 128 + 2 * k), right);
+            sum += static_cast<double>(Half::of(left)) * Half::of(right);
+        }
+        *work.sums[c] = static_cast<float>(sum);
+    }
+    meet_warp();
 }
 
 }  // namespace gpu
 
 #define threadIdx (gpu::current->thread)
 #define blockIdx (gpu::current->block->index)
+#define gridDim (gpu::grid)
 
 // ---- functions of CUDA ---------------------------------------------------------------------------
 
 inline unsigned __float_as_uint(float f) { unsigned u; std::memcpy(&u, &f, 4); return u; }
 inline float __uint_as_float(unsigned u) { float f; std::memcpy(&f, &u, 4); return f; }
-inline float __uint2float_rn(unsigned u) { return static_cast<float>(u); }
+inline float __fdividef(float x, float y) { return x / y; }
 
 inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     const std::uint64_t both = a | static_cast<std::uint64_t>(b) << 32;
     unsigned result = 0;
-    for (int i = 0; i < 4; i++) result |= static_cast<unsigned>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    for (int i = 0; i < 4; i++)
+        result |= static_cast<unsigned>(both >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
     return result;
 }
 
@@ -233,50 +295,65 @@ inline std::size_t __cvta_generic_to_shared(const void* p) {
 template <class T>
 inline T __ldg(const T* p) {
     T value;
-    std::memcpy(&value, gpu::global_at(reinterpret_cast<const char*>(p), sizeof(T)), sizeof(T));
+    std::memcpy(&value, gpu::global_at(p, sizeof(T), sizeof(T)), sizeof(T));
     return value;
 }
 
 inline void __syncthreads() { gpu::meet(gpu::current->block->named[0], gpu::current->block->threads); }
 inline void __syncwarp() { gpu::meet_warp(); }
 
-inline unsigned __shfl_sync(unsigned, unsigned value, int from) {
-    gpu::warp().given[gpu::lane()][7] = value;
+template <class T>
+inline T __shfl_sync(unsigned, T value, int from) {
+    std::memcpy(&gpu::warp().given[gpu::lane()][7], &value, 4);
     gpu::meet_warp();
-    const unsigned found = gpu::warp().given[from][7];
+    T found;
+    std::memcpy(&found, &gpu::warp().given[from & 31][7], 4);
     gpu::meet_warp();
     return found;
 }
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int with) { return __shfl_sync(mask, value, gpu::lane() ^ with); }
 
 // ---- instructions --------------------------------------------------------------------------------
 
 namespace ptx {
 
 using gpu::current;
-typedef std::uint32_t u32;
-typedef unsigned long long u64;
-typedef std::uint16_t u16;
+using gpu::u16;
+using gpu::u32;
+using gpu::u64;
 
 inline void createpolicy_fractional_L2_evict_first_b64(u64& policy, float) { policy = 0; }
+inline void createpolicy_fractional_L2_evict_normal_b64(u64& policy, float) { policy = 0; }
+inline void setmaxnreg(int) {}
 inline void griddepcontrol_launch_dependents() {}
-inline void griddepcontrol_wait() {}
-inline void fence_mbarrier_init_release_cluster() {}
+inline void griddepcontrol_wait() { current->waited = true; }
 
-inline void ld_global_v4(u32& a, u32& b, u32& c, u32& d, const char* from, u64) {
-    u32 v[4];
-    std::memcpy(v, gpu::global_at(from, 16), 16);
-    a = v[0], b = v[1], c = v[2], d = v[3];
+inline void load4(u32& a, u32& b, u32& c, u32& d, const void* from, u64) { gpu::load(from, a, b, c, d); }
+inline void load2(u32& a, u32& b, const void* from, u64) { gpu::load(from, a, b); }
+inline void load4_from(u32& a, u32& b, u32& c, u32& d, const void* from, int at) { gpu::load(static_cast<const char*>(from) + at, a, b, c, d); }
+inline void load2_from(u32& a, u32& b, const void* from, int at) { gpu::load(static_cast<const char*>(from) + at, a, b); }
+inline void load1_from(u32& a, const void* from, int at) { gpu::load(static_cast<const char*>(from) + at, a); }
+inline void load4_if(u32& a, u32& b, u32& c, u32& d, const void* from, u64, int real) { if (real) gpu::load(from, a, b, c, d); }
+inline void load2_if(u32& a, u32& b, const void* from, u64, int real) { if (real) gpu::load(from, a, b); }
+inline void load_pair_if(u32& a, u32& b, const void* from, int real) { if (real) gpu::load(from, a, b); }
+inline void load_word_if(u32& a, const void* from, int real) { if (real) gpu::load(from, a); }
+inline void load_short_if(u32& a, const void* from, int real) {
+    u16 found = static_cast<u16>(a);
+    if (real) gpu::load(from, found);
+    a = found;
 }
-inline void ld_global_v2(u32& a, u32& b, const char* from, u64) {
-    u32 v[2];
-    std::memcpy(v, gpu::global_at(from, 8), 8);
-    a = v[0], b = v[1];
+template <class T>
+inline void load_relaxed(T& a, const void* from) {
+    gpu::load(from, a);
+    if (!current->waited) a += static_cast<T>(gpu::stale);
 }
-inline void ld_shared_v4_f32(float& a, float& b, float& c, float& d, u32 from) {
-    float v[4];
-    std::memcpy(v, gpu::shared_at(from, 16), 16);
-    a = v[0], b = v[1], c = v[2], d = v[3];
+inline void prefetch(const void* from, int bytes) {
+    if (bytes % 16) gpu::fail("prefetch: not aligned");
+    gpu::global_at(from, bytes, 16);
 }
+inline void load_shared4(float& a, float& b, float& c, float& d, u32 from) { gpu::load_shared(from, a, b, c, d); }
+inline void st_shared_f32(u32 to, float a) { gpu::store_shared(to, a); }
 
 inline void lop3_b32(u32& d, u32 a, u32 b, u32 c, int table) {
     d = 0;
@@ -284,29 +361,32 @@ inline void lop3_b32(u32& d, u32 a, u32 b, u32 c, int table) {
         d |= static_cast<u32>(table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i;
 }
 
-inline void sub_rn_f16x2(u32& d, u32 a, u32 b) {
-    d = gpu::of_both([&](int i) { return gpu::float_to_half(gpu::half_to_float(a >> i) - gpu::half_to_float(b >> i)); });
-}
-inline void fma_rn_bf16x2(u32& d, u32 a, u32 b, u32 c) {
-    d = gpu::of_both([&](int i) {
-        return gpu::float_to_bf16(std::fma(gpu::bf16_to_float(a >> i), gpu::bf16_to_float(b >> i), gpu::bf16_to_float(c >> i)));
-    });
-}
-inline void cvt_rn_bf16x2_f32(u32& d, float high, float low) {
-    d = gpu::float_to_bf16(low) | static_cast<u32>(gpu::float_to_bf16(high)) << 16;
-}
-inline void cvt_rn_bf16_f32(u16& d, float f) { d = gpu::float_to_bf16(f); }
-inline void cvt_rn_f16_f32(u16& d, float f) { d = gpu::float_to_half(f); }
-inline void two_halves(float& low, float& high, u32 both) {
-    low = gpu::half_to_float(both), high = gpu::half_to_float(both >> 16);
-}
+inline float plus(float a, float b) { return a + b; }
+inline float minus(float a, float b) { return a - b; }
+inline float times(float a, float b) { return a * b; }
+inline float fused(float a, float b, float c) { return std::fma(a, b, c); }
+inline void sub_rn_f16x2(u32& d, u32 a, u32 b) { d = gpu::of_both<gpu::F16>(minus, a, b); }
+inline void fma_rn_bf16x2(u32& d, u32 a, u32 b, u32 c) { d = gpu::of_both<gpu::Bf16>(fused, a, b, c); }
+inline void add_rn_HALF2(u32& d, u32 a, u32 b) { d = gpu::of_both<gpu::Half>(plus, a, b); }
+inline void mul_rn_HALF2(u32& d, u32 a, u32 b) { d = gpu::of_both<gpu::Half>(times, a, b); }
+inline void fma_rn_HALF2(u32& d, u32 a, u32 b, u32 c) { d = gpu::of_both<gpu::Half>(fused, a, b, c); }
+template <class H>
+inline void pack(u32& d, float high, float low) { d = H::to(low) | static_cast<u32>(H::to(high)) << 16; }
+inline void cvt_rn_bf16x2_f32(u32& d, float high, float low) { pack<gpu::Bf16>(d, high, low); }
+inline void cvt_rn_HALF2_f32(u32& d, float high, float low) { pack<gpu::Half>(d, high, low); }
+inline void cvt_rn_HALFx2_f32(u32& d, float high, float low) { pack<gpu::Half>(d, high, low); }
+inline void cvt_rn_bf16_f32(u16& d, float f) { d = gpu::to_bf16(f); }
+inline void cvt_rn_f16_f32(u16& d, float f) { d = gpu::to_f16(f); }
+inline void cvt_f32_f16(float& d, u16 h) { d = gpu::of_f16(h); }
+inline void two_halves(float& low, float& high, u32 both) { low = gpu::of_f16(both), high = gpu::of_f16(both >> 16); }
+inline void ex2_approx_ftz_f32(float& d, float x) { d = std::exp2(x); }
 
-inline void mma_f16(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    gpu::matrix<gpu::half_to_float>(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1);
-}
-inline void mma_bf16(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    gpu::matrix<gpu::bf16_to_float>(d0, d1, d2, d3, a0, a1, a2, a3, b0, b1);
-}
+template <class... T>
+inline void mma_f16(T&&... values) { gpu::matrix<gpu::F16>(values...); }
+template <class... T>
+inline void mma_bf16(T&&... values) { gpu::matrix<gpu::Bf16>(values...); }
+template <class... T>
+inline void mma_half(T&&... values) { gpu::matrix<gpu::Half>(values...); }
 
 // Four matrices of 8 rows, whose addresses eight lanes give each
 inline void ldmatrix_x4(u32& r0, u32& r1, u32& r2, u32& r3, u32 row) {
@@ -318,22 +398,41 @@ inline void ldmatrix_x4(u32& r0, u32& r1, u32& r2, u32& r3, u32 row) {
     gpu::meet_warp();
 }
 
-inline void cp_async_cg_shared_global(u32 to, const char* from, int, int bytes) {
-    if (bytes) gpu::global_at(from, bytes);
-    const gpu::Copy copy{gpu::shared_at(to, 16), from, bytes, 16 - bytes};
+inline void wgmma(std::vector<float*> sums, std::array<const u32*, 4> a, u64 b) {
+    const gpu::Wgmma work{std::move(sums), a, b};
     if (gpu::late)
-        current->open.push_back(copy);
+        current->open_products.push_back(work);
+    else
+        gpu::product(work);
+}
+inline void wgmma_fence() {}
+inline void wgmma_commit_group() {
+    current->products.push_back(std::move(current->open_products));
+    current->open_products = {};
+}
+inline void wgmma_wait_group(int pending) {
+    while (static_cast<int>(current->products.size()) > pending) {
+        for (auto& work : current->products.front()) gpu::product(work);
+        current->products.pop_front();
+    }
+}
+
+inline void cp_async(u32 to, const void* from, int, int bytes) {
+    if (bytes) gpu::global_at(from, bytes, 16);
+    const gpu::Copy copy{gpu::shared_at(to, 16), static_cast<const char*>(from), bytes, 16 - bytes};
+    if (gpu::late)
+        current->open_copies.push_back(copy);
     else
         gpu::land(copy);
 }
 inline void cp_async_commit_group() {
-    current->groups.push_back(current->open);
-    current->open.clear();
+    current->copies.push_back(std::move(current->open_copies));
+    current->open_copies = {};
 }
 inline void cp_async_wait_group(int pending) {
-    while (static_cast<int>(current->groups.size()) > pending) {
-        for (auto& copy : current->groups.front()) gpu::land(copy);
-        current->groups.pop_front();
+    while (static_cast<int>(current->copies.size()) > pending) {
+        for (auto& copy : current->copies.front()) gpu::land(copy);
+        current->copies.pop_front();
     }
 }
 inline void cp_async_wait_all() {
@@ -341,38 +440,75 @@ inline void cp_async_wait_all() {
     cp_async_wait_group(0);
 }
 
-inline void bar_sync(int barrier, int threads) { gpu::meet(current->block->named[barrier], threads); }
+inline void bar_sync(int barrier, int threads) {
+    if (barrier > 15) gpu::fail("bar.sync: there are 16");
+    gpu::meet(current->block->named[barrier], threads);
+}
 
 inline void barrier_cluster_arrive() {
-    ++*current->block->cluster_arrivals;
-    ++current->arrivals;
+    gpu::waits = 0;
+    gpu::cluster_arrivals[++current->arrivals % gpu::MEETINGS]++;
 }
 inline void barrier_cluster_wait() {
-    const long all = static_cast<long>(current->block->cluster->size()) * current->block->threads;
-    while (*current->block->cluster_arrivals < all * current->arrivals) gpu::pause();
+    const long all = static_cast<long>(gpu::cluster.size()) * current->block->threads;
+    while (gpu::cluster_arrivals[current->arrivals % gpu::MEETINGS] < all) gpu::pause();
     gpu::waits = 0;
 }
+
+inline void mapa(u32& there, u32 address, int rank) { there = (address & 0xFFFFFF) | static_cast<u32>(rank + 1) << 24; }
+
+inline void fence_mbarrier_init() {}
 inline void mbarrier_init(u32 barrier, int count) {
-    gpu::mbarriers.push_back({current->block, barrier & 0xFFFFFF, count, 0, 0});
+    gpu::mbarriers.push_back({current->block, barrier & 0xFFFFFF, count, count, 0, 0});
 }
 inline void mbarrier_arrive_expect_tx(u32 barrier, int bytes) {
-    auto& one = gpu::mbarrier_of(barrier);
-    one.bytes += bytes;
-    one.count--;
+    auto& one = gpu::mbarrier(barrier);
+    one.bytes += bytes, one.count--;
     gpu::settle(one);
 }
+inline void mbarrier_arrive(u32 barrier) { mbarrier_arrive_expect_tx(barrier, 0); }
 inline void mbarrier_wait(u32 barrier, u32 parity) {
-    while ((gpu::mbarrier_of(barrier).phase & 1) == parity) gpu::pause();
+    while ((gpu::mbarrier(barrier).phase & 1) == parity) gpu::pause();
     gpu::waits = 0;
 }
-// Four sums into the memory of another block of the cluster, whose mbarrier counts them
-inline void push(u32 to, u32 barrier, float a, float b, float c, float d, int rank) {
-    const float v[4] = {a, b, c, d};
-    const u32 there = static_cast<u32>(rank + 1) << 24;
-    std::memcpy(gpu::shared_at(to | there, 16), v, 16);
-    auto& one = gpu::mbarrier_of(barrier | there);
-    one.bytes -= 16;
-    gpu::settle(one);
+
+// Into the memory of another block of the cluster, whose mbarrier counts the bytes
+template <class... T>
+inline void send(u32 to, u32 barrier, T... values) {
+    gpu::happen([=, &one = gpu::mbarrier(barrier), at = gpu::shared_at(to, (sizeof(T) + ...))]() mutable {
+        ((std::memcpy(at, &values, sizeof(T)), at += sizeof(T)), ...);
+        one.bytes -= (sizeof(T) + ...);
+        gpu::settle(one);
+    });
+}
+inline void send4(u32 to, float a, float b, float c, float d, u32 barrier) { send(to, barrier, a, b, c, d); }
+inline void send2(u32 to, float a, float b, u32 barrier) { send(to, barrier, a, b); }
+inline void send4_to(u32 to, u32 barrier, float a, float b, float c, float d, int rank) {
+    mapa(to, to, rank);
+    mapa(barrier, barrier, rank);
+    send(to, barrier, a, b, c, d);
+}
+
+// A tile of a matrix by the copy engine, swizzled, zeros beyond its edges; the map as tensor_map of
+// cuda_on_cpu.py makes it
+template <class Map>
+inline void copy_tile(u32 to, const Map* map, int column, int row, u32 barrier) {
+    if (to % 1024) gpu::fail("a swizzled tile: not aligned");
+    gpu::happen([=, map = *map, &one = gpu::mbarrier(barrier), block = gpu::current->block] {
+        const auto [address, rows, columns, box] = std::array{map.opaque[0], map.opaque[1], map.opaque[2], map.opaque[3]};
+        for (u64 r = 0; r < box; r++)
+            for (u64 c = 0; c < 64; c++) {
+                const char* from = reinterpret_cast<const char*>(address) + 2 * ((row + r) * columns + column + c);
+                char* at = block->memory.data() + gpu::swizzled(to + 128 * r + 2 * c);
+                if (row + r < rows && column + c < columns)
+                    std::memcpy(at, from, 2);
+                else
+                    std::memset(at, 0, 2);
+            }
+        one.bytes -= 128 * box;
+        gpu::settle(one);
+    });
+    gpu::shared_at(to, 16), gpu::shared_at(to + 128 * map->opaque[3] - 16, 16);
 }
 
 }  // namespace ptx
@@ -381,33 +517,33 @@ inline void push(u32 to, u32 barrier, float a, float b, float c, float d, int ra
 
 namespace gpu {
 
-typedef void (*Body)();
-inline Body body;
+inline void (*body)();
 
 inline void start() {
     body();
     current->done = true;
+    for (int i = current->arrivals + 1; i < MEETINGS; i++) cluster_arrivals[i]++;  // it counts as there
     waits = 0;
     swapcontext(&current->context, &scheduler);
 }
 
-inline void run_cluster(std::vector<Block>& blocks, int threads, std::mt19937& random) {
-    std::vector<Fiber> fibers(blocks.size() * threads);
+inline void run_cluster(int threads, std::mt19937& random) {
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    std::vector<Fiber> fibers(cluster.size() * threads);
     std::vector<Fiber*> alive;
+    while (stacks.size() < fibers.size()) stacks.emplace_back(new char[STACK]);
     for (std::size_t i = 0; i < fibers.size(); i++) {
         Fiber& fiber = fibers[i];
-        fiber.stack.resize(STACK);
         fiber.thread = {static_cast<unsigned>(i % threads), 0, 0};
-        fiber.block = &blocks[i / threads];
+        fiber.block = &cluster[i / threads];
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_sp = stacks[i].get();
         fiber.context.uc_stack.ss_size = STACK;
-        fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, start, 0);
         alive.push_back(&fiber);
     }
     waits = 0;
-    while (!alive.empty()) {
+    while (!alive.empty() && !fault) {
         std::shuffle(alive.begin(), alive.end(), random);
         for (Fiber* fiber : alive) {
             current = fiber;
@@ -415,48 +551,55 @@ inline void run_cluster(std::vector<Block>& blocks, int threads, std::mt19937& r
             if (fault) return;
         }
         alive.erase(std::remove_if(alive.begin(), alive.end(), [](Fiber* f) { return f->done; }), alive.end());
-        if (waits > 1000 * static_cast<long>(fibers.size())) {
+        if (waits < static_cast<long>(alive.size())) continue;
+        if (alive.empty()) break;
+        current = alive[0];
+        if (engine.empty()) {
             fault = "all threads wait";
-            return;
+        } else {
+            engine.front()();
+            engine.pop_front();
         }
     }
 }
 
-inline void launch(const int* grid, int cluster, int threads, int shared, int seed, bool copies_late, Body kernel) {
-    body = kernel;
-    late = copies_late;
-    shared_bytes = shared;
+inline void launch(int splits, int threads, int seed) {
     std::mt19937 random(seed);
-    for (int z = 0; z < grid[2]; z++)
-        for (int y = 0; y < grid[1]; y++)
-            for (int x = 0; x < grid[0]; x += cluster) {
-                std::vector<Block> blocks(cluster);
-                long arrivals = 0;
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x && !fault; x += splits) {
+                cluster.assign(splits, {});
+                cluster_arrivals = {};
                 mbarriers.clear();
-                for (int rank = 0; rank < cluster; rank++) {
-                    Block& block = blocks[rank];
-                    block.index = {static_cast<unsigned>(x + rank), static_cast<unsigned>(y), static_cast<unsigned>(z)};
-                    block.rank = rank;
+                engine.clear();
+                for (int rank = 0; rank < splits; rank++) {
+                    Block& block = cluster[rank];
+                    block.index = {x + rank, y, z};
                     block.threads = threads;
                     block.memory.assign(static_memory() + STATIC_BYTES, static_cast<char>(0xFF));
                     block.warps.resize(threads / 32);
-                    block.cluster = &blocks;
-                    block.cluster_arrivals = &arrivals;
                 }
-                run_cluster(blocks, threads, random);
-                for (auto& block : blocks)
-                    for (std::uint32_t i = shared; i < static_memory(); i++)
+                run_cluster(threads, random);
+                for (auto& block : cluster)
+                    for (u32 i = shared_bytes; i < static_memory(); i++)
                         if (block.memory[i] != static_cast<char>(0xFF)) fault = "written past shared memory";
-                if (fault) return;
             }
 }
 
+// Pointers and numbers come as they are, fp32 as its bits, what is larger as the address of it.
 template <class T>
 inline T value(std::intptr_t given) {
-    if constexpr (std::is_pointer_v<T>)
+    if constexpr (std::is_pointer_v<T>) {
         return reinterpret_cast<T>(given);
-    else
+    } else if constexpr (std::is_integral_v<T>) {
         return static_cast<T>(given);
+    } else if constexpr (std::is_floating_point_v<T>) {
+        return __uint_as_float(static_cast<unsigned>(given));
+    } else {
+        T found;
+        std::memcpy(&found, reinterpret_cast<const void*>(given), sizeof found);
+        return found;
+    }
 }
 
 template <auto KERNEL, class... T, std::size_t... I>
@@ -469,16 +612,23 @@ constexpr auto places(void (*)(T...)) { return std::index_sequence_for<T...>(); 
 
 inline const std::intptr_t* values;
 
-// Launch a kernel with arguments that are numbers, or pointers to so many bytes; what was wrong, or 0
+struct Launch { int grid[3], cluster, threads, shared, seed, late, bf16; long long stale; };
+
+// Run a kernel; memory that it may read is `count` places of so many bytes. What was wrong, or null.
 template <auto KERNEL>
-inline const char* run(const int* grid, int cluster, int threads, int shared, int seed, int late,
-                       const std::intptr_t* given, const std::size_t* sizes, int count) {
+inline const char* run(const Launch& how, const std::intptr_t* given, const char* const* places_read,
+                       const std::size_t* sizes, int count) {
     values = given;
     fault = nullptr;
+    late = how.late;
+    bf16 = how.bf16;
+    stale = how.stale;
+    shared_bytes = how.shared;
+    grid = {static_cast<unsigned>(how.grid[0]), static_cast<unsigned>(how.grid[1]), static_cast<unsigned>(how.grid[2])};
     arguments.clear();
-    for (int i = 0; i < count; i++)
-        if (sizes[i]) arguments.push_back({reinterpret_cast<const char*>(given[i]), sizes[i]});
-    launch(grid, cluster, threads, shared, seed, late, [] { call<KERNEL>(KERNEL, values, places(KERNEL)); });
+    for (int i = 0; i < count; i++) arguments.push_back({places_read[i], sizes[i]});
+    body = [] { call<KERNEL>(KERNEL, values, places(KERNEL)); };
+    launch(how.cluster, how.threads, how.seed);
     return fault;
 }
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers_attention import Emulated
+import cuda_on_cpu
 from salience.kernels import cuda_program
 from salience.kernels.fused import attention_cuda
 from test_fused import attended, attention64, close, random
@@ -24,18 +24,18 @@ with_gxx = pytest.mark.skipif(
 
 
 def emulated(case, folder, monkeypatch, splits=2, warps=2, stale=0):
-    monkeypatch.setattr(cuda_program, "kernel", Emulated(folder, stale))
+    monkeypatch.setattr(cuda_program, "kernel", cuda_on_cpu.Compiler(folder, stale=stale))
     attention = partial(attention_cuda.decode_attention, splits=splits, warps=warps)
     attended(attention, **case)
 
 
 @with_gxx
-def test_emulated(monkeypatch, tmp_path):
+def test_emulated(monkeypatch, kernels):
     """Pieces with several tiles, one and none; a position that was another before the wait."""
     case = {"dim": 64, "values": 48, "sinks": True, "length": 150, "batch": 4}
     for stale in (0, -70):
         positions = [149, 14, 80, -1]
-        emulated(case | {"positions": positions}, tmp_path, monkeypatch, stale=stale)
+        emulated(case | {"positions": positions}, kernels, monkeypatch, stale=stale)
 
 
 @pytest.mark.slow
@@ -54,15 +54,15 @@ def test_emulated(monkeypatch, tmp_path):
     ],
     ids=str,
 )
-def test_emulated_shapes(case, how, monkeypatch, tmp_path):
-    emulated({"length": 150} | case, tmp_path, monkeypatch, **how)
+def test_emulated_shapes(case, how, monkeypatch, kernels):
+    emulated({"length": 150} | case, kernels, monkeypatch, **how)
 
 
 @pytest.mark.slow
 @with_gxx
-def test_emulated_calls(monkeypatch, tmp_path):
+def test_emulated_calls(monkeypatch, kernels):
     """int32 positions, one for all rows; q with a row of its own; sinks of bf16."""
-    monkeypatch.setattr(cuda_program, "kernel", Emulated(tmp_path))
+    monkeypatch.setattr(cuda_program, "kernel", cuda_on_cpu.Compiler(kernels))
     q = random(3, 1, 6 * 64 + 32, dtype=FP16)[..., 16:-16]
     k, v = random(3, 2, 70, 64, dtype=FP16), random(3, 2, 70, 64, dtype=FP16, seed=1)
     at = torch.tensor([65], dtype=torch.int32).expand(3)

@@ -1,12 +1,9 @@
 """The CUDA C++ kernels: what can be said of them without a GPU, then on one against fp64."""
 
 import itertools
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 
-import numpy as np
 import pytest
 import torch
 
@@ -55,136 +52,6 @@ def test_the_instruction_names_each_register_once():
     text = instruction(64, True)
     assert "m64n64k16.f32.bf16.bf16" in text and text.count('"+f"') == 32
     assert "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;" in text
-
-
-# ---- unpacking, compiled for the CPU ---------------------------------------------------------
-
-_HOST = r"""
-#include <cstdio>
-#include <cstring>
-#define __device__
-float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
-float half(unsigned h) {
-  _Float16 x; unsigned short s = h; memcpy(&x, &s, 2); return float(x);
-}
-unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  unsigned char from[8]; memcpy(from, &a, 4); memcpy(from + 4, &b, 4);
-  unsigned result = 0;
-  for (int i = 0; i < 4; i++) result |= unsigned(from[selector >> 4 * i & 7]) << 8 * i;
-  return result;
-}
-template <bool B> float get(unsigned h) { return B ? __uint_as_float(h << 16) : half(h & 0xffff); }
-template <bool B> unsigned put(double d) {
-  if (B) {
-    float f = d; unsigned u; memcpy(&u, &f, 4);
-    return (u + 0x7fff + (u >> 16 & 1)) >> 16;
-  }
-  _Float16 x = d; unsigned short s; memcpy(&s, &x, 2); return s;
-}
-template <bool B, class F> unsigned two(F f) { return put<B>(f(0)) | put<B>(f(16)) << 16; }
-template <class F> void all(int words, F unpack) {
-  unsigned in[19];
-  for (int lane = 0; lane < 64; lane++) {
-    fread(in, 4, words + 3, stdin);
-    for (int pair = 0; pair < 32; pair++) {
-      unsigned result = unpack(in, pair);
-      fwrite(&result, 4, 1, stdout);
-    }
-  }
-}
-"""
-
-_EACH = r"""
-namespace n%(name)s {
-#define BITS %(bits)d
-#define BF16 %(bf16)d
-#define SCALE %(scale)d
-constexpr int MANTISSA = BF16 ? 7 : 10, WORDS = 2 * BITS;
-#define G(x, i) get<BF16>((x) >> (i))
-unsigned add2(unsigned a, unsigned b) {
-  return two<BF16>([&](int i) { return double(G(a, i)) + G(b, i); });
-}
-unsigned multiply2(unsigned a, unsigned b) {
-  return two<BF16>([&](int i) { return double(G(a, i)) * G(b, i); });
-}
-unsigned fma2(unsigned a, unsigned b, unsigned c) {
-  return two<BF16>([&](int i) { return double(G(a, i)) * G(b, i) + G(c, i); });
-}
-unsigned pack2(float low, float high) { return put<BF16>(low) | put<BF16>(high) << 16; }
-%(body)s
-void run() {
-  all(WORDS, [](unsigned* in, int pair) {
-    unsigned words[WORDS], masks[PLACES];
-    memcpy(words, in, sizeof words);
-    for (int i = 0; i < PLACES; i++) masks[i] = mask_of(i * BITS);
-    return unpack(words, pair, pair %% 2, group_of(in[WORDS], in[WORDS + 1], in[WORDS + 2]), masks);
-  });
-}
-#undef BITS
-#undef BF16
-#undef SCALE
-#undef G
-}
-"""
-_CASES = [(bits, bf16, bf16) for bits in _fragments.BITS for bf16 in (0, 1)]
-_CASES += [(4, 0, 2), (4, 1, 0), (8, 1, 2)]  # bits, bf16, dtype of scales
-_DTYPES = (FP16, BF16, torch.float32)
-
-
-def _compiled(folder):
-    text = files("salience.kernels").joinpath("cuda", "wgmma.cu").read_text()
-    body = text[text.index("// 2^power in both") : text.index("// ---- loads of the weight")]
-    start = body.index('  asm("{.reg .f16 a')
-    end = body.index('"r"(low));', start) + len('"r"(low));')
-    body = body[:start] + "s[0] = half(low & 0xffff); s[1] = half(low >> 16);" + body[end:]
-    parts = [
-        _EACH % {"name": i, "bits": bits, "bf16": bf16, "scale": scale, "body": body}
-        for i, (bits, bf16, scale) in enumerate(_CASES)
-    ]
-    runs = "".join(f"n{i}::run();" for i in range(len(_CASES)))
-    source = folder / "unpack.cpp"
-    source.write_text(_HOST + "".join(parts) + f"int main() {{ {runs} }}")
-    command = ["g++", "-std=c++17", "-w", "-O0", "-o", str(folder / "unpack"), str(source)]
-    made = subprocess.run(command, capture_output=True, text=True, check=False)
-    if "_Float16" in made.stderr and "error" in made.stderr:
-        pytest.skip("this g++ has no _Float16")
-    assert made.returncode == 0, made.stderr[:2000]
-    return folder / "unpack"
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_unpacking_is_exact(tmp_path):
-    """The kernel's own text, compiled for the CPU: (code - zero) scale, rounded once."""
-    random = np.random.default_rng(0)
-    lanes = 64
-    sent, want = [], []
-    for bits, bf16, scale in _CASES:
-        words = random.integers(0, 2**32, (lanes, 2 * bits), dtype=np.uint32)
-        scales = torch.tensor(random.uniform(-0.05, 0.05, (lanes, 2)), dtype=_DTYPES[scale])
-        zeros = random.integers(0, 2**bits, (lanes, 2))
-        if scale == 2:
-            stored = scales.numpy().view(np.uint32)
-        else:
-            short = scales.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
-            stored = np.stack([short[:, 0] | short[:, 1] << 16, np.zeros(lanes, np.uint32)], 1)
-        both = (zeros[:, 0] | zeros[:, 1] << 8).astype(np.uint32)
-        sent.append(np.concatenate([words, stored, both[:, None]], 1).astype(np.uint32).tobytes())
-        codes = np.zeros((lanes, 32, 2), int)
-        for pair, places in enumerate(_fragments._places(bits)):
-            for half, (word, shift, count, place) in itertools.product(range(2), places):
-                found = words[:, word] >> (shift + 16 * half) & (2**count - 1)
-                codes[:, pair, half] |= found.astype(int) << place
-        row = np.arange(32) % 2  # registers 1 and 3 are of row g + 8
-        less = torch.from_numpy(codes - zeros[:, row][:, :, None]).double()
-        dtype = _DTYPES[bf16]
-        exact = bits == 8 and bf16  # in fp32, which has room for the scale as it is
-        factor = scales if exact else scales.to(dtype)
-        want.append((less * factor[:, row][:, :, None].double()).to(dtype).view(torch.int16))
-    program = _compiled(tmp_path)
-    got = subprocess.run([program], input=b"".join(sent), capture_output=True, check=True).stdout
-    got = torch.from_numpy(np.frombuffer(got, np.int16).copy()).view(len(_CASES), lanes, 32, 2)
-    for case, here, right in zip(_CASES, got, want, strict=True):
-        assert torch.equal(here, right), case
 
 
 # ---- launches, recorded ----------------------------------------------------------------------
