@@ -5,6 +5,8 @@
 // asynchronous happens at once, or (late) when it is waited for, or when no thread can go on: a GPU may
 // do either, and what depends on it is a missing wait, or memory that is changed while it is read.
 // Shared memory begins as NaN; what lies outside of it or of the arguments is a fault.
+//
+// Kernels are many, so what does not depend on them is compiled once, with MACHINE defined.
 
 #include <algorithm>
 #include <array>
@@ -15,7 +17,6 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <random>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -98,28 +99,9 @@ inline long long stale;  // is added to what a kernel reads before it waits for 
 inline long waits;       // since something happened
 inline const char* fault;
 
-inline void pause() {
-    waits++;
-    swapcontext(&current->context, &scheduler);
-}
-
-// The thread goes no further, and nor does the launch
-[[noreturn]] inline void fail(const char* what) {
-    fault = what;
-    pause();
-    std::abort();
-}
-
-inline void meet(Barrier& barrier, int all) {
-    waits = 0;
-    const unsigned mine = barrier.generation;
-    if (++barrier.arrived == all) {
-        barrier.arrived = 0;
-        barrier.generation++;
-    } else {
-        while (barrier.generation == mine) pause();
-    }
-}
+void pause();                     // let the others go on
+[[noreturn]] void fail(const char* what);  // the thread goes no further, and nor does the launch
+void meet(Barrier& barrier, int all);
 
 inline int lane() { return current->thread.x % 32; }
 inline Warp& warp() { return current->block->warps[current->thread.x / 32]; }
@@ -131,22 +113,8 @@ inline void meet_warp() { meet(warp().barrier, 32); }
 inline u32 static_memory() { return (shared_bytes + 15) / 16 * 16 + GUARD; }
 inline Block* block_of(u32 address) { return address >> 24 ? &cluster[(address >> 24) - 1] : current->block; }
 
-inline char* shared_at(u32 address, int bytes) {
-    Block* block = block_of(address);
-    const u32 offset = address & 0xFFFFFF;
-    const bool is_static = offset >= static_memory() && offset + bytes <= block->memory.size();
-    if (offset + bytes > static_cast<u32>(shared_bytes) && !is_static) fail("outside of shared memory");
-    if (offset % bytes) fail("shared memory: not aligned");
-    return block->memory.data() + offset;
-}
-
-inline const char* global_at(const void* place, int bytes, int align) {
-    const char* from = static_cast<const char*>(place);
-    if (reinterpret_cast<std::uintptr_t>(from) % align) fail("global memory: not aligned");
-    for (auto& [start, size] : arguments)
-        if (from >= start && from + bytes <= start + size) return from;
-    fail("outside of the arguments");
-}
+char* shared_at(u32 address, int bytes);
+const char* global_at(const void* place, int bytes, int align);
 
 template <class... T>
 inline void load(const void* from, T&... to) {
@@ -167,29 +135,10 @@ inline void store_shared(u32 to, T... values) {
     ((std::memcpy(at, &values, sizeof(T)), at += sizeof(T)), ...);
 }
 
-inline void land(const Copy& copy) {
-    if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
-    std::memset(copy.to + copy.bytes, 0, copy.zeros);
-}
-
-inline Mbarrier& mbarrier(u32 address) {
-    for (auto& one : mbarriers)
-        if (one.block == block_of(address) && one.offset == (address & 0xFFFFFF)) return one;
-    fail("an mbarrier that is not there");
-}
-
-inline void happen(std::function<void()> what) {
-    if (late)
-        engine.push_back(std::move(what));
-    else
-        what();
-}
-
-inline void settle(Mbarrier& one) {
-    waits = 0;
-    if (one.count < 0) fail("an mbarrier with more arrivals than it has");
-    if (one.count == 0 && one.bytes == 0) one.phase++, one.count = one.all;
-}
+void land(const Copy& copy);
+Mbarrier& mbarrier(u32 address);
+void happen(std::function<void()> what);
+void settle(Mbarrier& one);
 
 // ---- numbers -------------------------------------------------------------------------------------
 
@@ -245,25 +194,7 @@ inline void matrix(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u
 // Columns of K in rows of 128 bytes, eight rows 1024 bytes, 16-byte pieces swizzled among each other
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
 
-// A warp's 16 rows of wgmma: as above, for as many columns as there are sums, b in shared memory
-inline void product(const Wgmma& work) {
-    for (int i = 0; i < 4; i++) warp().given[lane()][i] = *work.a[i];
-    meet_warp();
-    if (work.b >> 62 != 1 || (work.b >> 32 & 0x3FFF) != 64) fail("wgmma: a descriptor of another kind");
-    const u32 start = static_cast<u32>(work.b & 0x3FFF) << 4;
-    for (std::size_t c = 0; c < work.sums.size(); c++) {
-        const int row = lane() / 4 + c / 2 % 2 * 8, column = c / 4 * 8 + lane() % 4 * 2 + c % 2;
-        double sum = *work.sums[c];
-        for (int k = 0; k < 16; k++) {
-            const u32 left = warp().given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> k % 2 * 16;
-            u16 right;
-            load_shared(swizzled(start + column / 8 * 1024 + column % 8 * 128 + 2 * k), right);
-            sum += static_cast<double>(Half::of(left)) * Half::of(right);
-        }
-        *work.sums[c] = static_cast<float>(sum);
-    }
-    meet_warp();
-}
+void product(const Wgmma& work);
 
 }  // namespace gpu
 
@@ -398,47 +329,14 @@ inline void ldmatrix_x4(u32& r0, u32& r1, u32& r2, u32& r3, u32 row) {
     gpu::meet_warp();
 }
 
-inline void wgmma(std::vector<float*> sums, std::array<const u32*, 4> a, u64 b) {
-    const gpu::Wgmma work{std::move(sums), a, b};
-    if (gpu::late)
-        current->open_products.push_back(work);
-    else
-        gpu::product(work);
-}
+void wgmma(std::vector<float*> sums, std::array<const u32*, 4> a, u64 b);
 inline void wgmma_fence() {}
-inline void wgmma_commit_group() {
-    current->products.push_back(std::move(current->open_products));
-    current->open_products = {};
-}
-inline void wgmma_wait_group(int pending) {
-    while (static_cast<int>(current->products.size()) > pending) {
-        for (auto& work : current->products.front()) gpu::product(work);
-        current->products.pop_front();
-    }
-}
-
-inline void cp_async(u32 to, const void* from, int, int bytes) {
-    if (bytes) gpu::global_at(from, bytes, 16);
-    const gpu::Copy copy{gpu::shared_at(to, 16), static_cast<const char*>(from), bytes, 16 - bytes};
-    if (gpu::late)
-        current->open_copies.push_back(copy);
-    else
-        gpu::land(copy);
-}
-inline void cp_async_commit_group() {
-    current->copies.push_back(std::move(current->open_copies));
-    current->open_copies = {};
-}
-inline void cp_async_wait_group(int pending) {
-    while (static_cast<int>(current->copies.size()) > pending) {
-        for (auto& copy : current->copies.front()) gpu::land(copy);
-        current->copies.pop_front();
-    }
-}
-inline void cp_async_wait_all() {
-    cp_async_commit_group();
-    cp_async_wait_group(0);
-}
+void wgmma_commit_group();
+void wgmma_wait_group(int pending);
+void cp_async(u32 to, const void* from, int all, int bytes);
+void cp_async_commit_group();
+void cp_async_wait_group(int pending);
+void cp_async_wait_all();
 
 inline void bar_sync(int barrier, int threads) {
     if (barrier > 15) gpu::fail("bar.sync: there are 16");
@@ -490,26 +388,8 @@ inline void send4_to(u32 to, u32 barrier, float a, float b, float c, float d, in
 }
 
 // A tile of a matrix by the copy engine, swizzled, zeros beyond its edges; the map as tensor_map of
-// cuda_on_cpu.py makes it
-template <class Map>
-inline void copy_tile(u32 to, const Map* map, int column, int row, u32 barrier) {
-    if (to % 1024) gpu::fail("a swizzled tile: not aligned");
-    gpu::happen([=, map = *map, &one = gpu::mbarrier(barrier), block = gpu::current->block] {
-        const auto [address, rows, columns, box] = std::array{map.opaque[0], map.opaque[1], map.opaque[2], map.opaque[3]};
-        for (u64 r = 0; r < box; r++)
-            for (u64 c = 0; c < 64; c++) {
-                const char* from = reinterpret_cast<const char*>(address) + 2 * ((row + r) * columns + column + c);
-                char* at = block->memory.data() + gpu::swizzled(to + 128 * r + 2 * c);
-                if (row + r < rows && column + c < columns)
-                    std::memcpy(at, from, 2);
-                else
-                    std::memset(at, 0, 2);
-            }
-        one.bytes -= 128 * box;
-        gpu::settle(one);
-    });
-    gpu::shared_at(to, 16), gpu::shared_at(to + 128 * map->opaque[3] - 16, 16);
-}
+// cuda_on_cpu.py makes it: address, rows, columns, rows of a tile
+void copy_tile(u32 to, const void* map, int column, int row, u32 barrier);
 
 }  // namespace ptx
 
@@ -518,73 +398,7 @@ inline void copy_tile(u32 to, const Map* map, int column, int row, u32 barrier) 
 namespace gpu {
 
 inline void (*body)();
-
-inline void start() {
-    body();
-    current->done = true;
-    for (int i = current->arrivals + 1; i < MEETINGS; i++) cluster_arrivals[i]++;  // it counts as there
-    waits = 0;
-    swapcontext(&current->context, &scheduler);
-}
-
-inline void run_cluster(int threads, std::mt19937& random) {
-    static std::vector<std::unique_ptr<char[]>> stacks;
-    std::vector<Fiber> fibers(cluster.size() * threads);
-    std::vector<Fiber*> alive;
-    while (stacks.size() < fibers.size()) stacks.emplace_back(new char[STACK]);
-    for (std::size_t i = 0; i < fibers.size(); i++) {
-        Fiber& fiber = fibers[i];
-        fiber.thread = {static_cast<unsigned>(i % threads), 0, 0};
-        fiber.block = &cluster[i / threads];
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = stacks[i].get();
-        fiber.context.uc_stack.ss_size = STACK;
-        makecontext(&fiber.context, start, 0);
-        alive.push_back(&fiber);
-    }
-    waits = 0;
-    while (!alive.empty() && !fault) {
-        std::shuffle(alive.begin(), alive.end(), random);
-        for (Fiber* fiber : alive) {
-            current = fiber;
-            swapcontext(&scheduler, &fiber->context);
-            if (fault) return;
-        }
-        alive.erase(std::remove_if(alive.begin(), alive.end(), [](Fiber* f) { return f->done; }), alive.end());
-        if (waits < static_cast<long>(alive.size())) continue;
-        if (alive.empty()) break;
-        current = alive[0];
-        if (engine.empty()) {
-            fault = "all threads wait";
-        } else {
-            engine.front()();
-            engine.pop_front();
-        }
-    }
-}
-
-inline void launch(int splits, int threads, int seed) {
-    std::mt19937 random(seed);
-    for (unsigned z = 0; z < grid.z; z++)
-        for (unsigned y = 0; y < grid.y; y++)
-            for (unsigned x = 0; x < grid.x && !fault; x += splits) {
-                cluster.assign(splits, {});
-                cluster_arrivals = {};
-                mbarriers.clear();
-                engine.clear();
-                for (int rank = 0; rank < splits; rank++) {
-                    Block& block = cluster[rank];
-                    block.index = {x + rank, y, z};
-                    block.threads = threads;
-                    block.memory.assign(static_memory() + STATIC_BYTES, static_cast<char>(0xFF));
-                    block.warps.resize(threads / 32);
-                }
-                run_cluster(threads, random);
-                for (auto& block : cluster)
-                    for (u32 i = shared_bytes; i < static_memory(); i++)
-                        if (block.memory[i] != static_cast<char>(0xFF)) fault = "written past shared memory";
-            }
-}
+void launch(int splits, int threads, int seed);
 
 // Pointers and numbers come as they are, fp32 as its bits, what is larger as the address of it.
 template <class T>
@@ -633,3 +447,230 @@ inline const char* run(const Launch& how, const std::intptr_t* given, const char
 }
 
 }  // namespace gpu
+
+// ---- compiled once -------------------------------------------------------------------------------
+
+#ifdef MACHINE
+#include <random>
+
+namespace gpu {
+
+void pause() {
+    waits++;
+    swapcontext(&current->context, &scheduler);
+}
+
+void fail(const char* what) {
+    fault = what;
+    pause();
+    std::abort();
+}
+
+void meet(Barrier& barrier, int all) {
+    waits = 0;
+    const unsigned mine = barrier.generation;
+    if (++barrier.arrived == all) {
+        barrier.arrived = 0;
+        barrier.generation++;
+    } else {
+        while (barrier.generation == mine) pause();
+    }
+}
+
+char* shared_at(u32 address, int bytes) {
+    Block* block = block_of(address);
+    const u32 offset = address & 0xFFFFFF;
+    const bool is_static = offset >= static_memory() && offset + bytes <= block->memory.size();
+    if (offset + bytes > static_cast<u32>(shared_bytes) && !is_static) fail("outside of shared memory");
+    if (offset % bytes) fail("shared memory: not aligned");
+    return block->memory.data() + offset;
+}
+
+const char* global_at(const void* place, int bytes, int align) {
+    const char* from = static_cast<const char*>(place);
+    if (reinterpret_cast<std::uintptr_t>(from) % align) fail("global memory: not aligned");
+    for (auto& [start, size] : arguments)
+        if (from >= start && from + bytes <= start + size) return from;
+    fail("outside of the arguments");
+}
+
+void land(const Copy& copy) {
+    if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(copy.to + copy.bytes, 0, copy.zeros);
+}
+
+Mbarrier& mbarrier(u32 address) {
+    for (auto& one : mbarriers)
+        if (one.block == block_of(address) && one.offset == (address & 0xFFFFFF)) return one;
+    fail("an mbarrier that is not there");
+}
+
+void happen(std::function<void()> what) {
+    if (late)
+        engine.push_back(std::move(what));
+    else
+        what();
+}
+
+void settle(Mbarrier& one) {
+    waits = 0;
+    if (one.count < 0) fail("an mbarrier with more arrivals than it has");
+    if (one.count == 0 && one.bytes == 0) one.phase++, one.count = one.all;
+}
+
+// A warp's 16 rows of wgmma: as above, for as many columns as there are sums, b in shared memory
+void product(const Wgmma& work) {
+    for (int i = 0; i < 4; i++) warp().given[lane()][i] = *work.a[i];
+    meet_warp();
+    if (work.b >> 62 != 1 || (work.b >> 32 & 0x3FFF) != 64) fail("wgmma: a descriptor of another kind");
+    const u32 start = static_cast<u32>(work.b & 0x3FFF) << 4;
+    for (std::size_t c = 0; c < work.sums.size(); c++) {
+        const int row = lane() / 4 + c / 2 % 2 * 8, column = c / 4 * 8 + lane() % 4 * 2 + c % 2;
+        double sum = *work.sums[c];
+        for (int k = 0; k < 16; k++) {
+            const u32 left = warp().given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> k % 2 * 16;
+            u16 right;
+            load_shared(swizzled(start + column / 8 * 1024 + column % 8 * 128 + 2 * k), right);
+            sum += static_cast<double>(Half::of(left)) * Half::of(right);
+        }
+        *work.sums[c] = static_cast<float>(sum);
+    }
+    meet_warp();
+}
+
+void start() {
+    body();
+    current->done = true;
+    for (int i = current->arrivals + 1; i < MEETINGS; i++) cluster_arrivals[i]++;  // it counts as there
+    waits = 0;
+    swapcontext(&current->context, &scheduler);
+}
+
+void run_cluster(int threads, std::mt19937& random) {
+    static std::vector<std::unique_ptr<char[]>> stacks;
+    std::vector<Fiber> fibers(cluster.size() * threads);
+    std::vector<Fiber*> alive;
+    while (stacks.size() < fibers.size()) stacks.emplace_back(new char[STACK]);
+    for (std::size_t i = 0; i < fibers.size(); i++) {
+        Fiber& fiber = fibers[i];
+        fiber.thread = {static_cast<unsigned>(i % threads), 0, 0};
+        fiber.block = &cluster[i / threads];
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = stacks[i].get();
+        fiber.context.uc_stack.ss_size = STACK;
+        makecontext(&fiber.context, start, 0);
+        alive.push_back(&fiber);
+    }
+    waits = 0;
+    while (!alive.empty() && !fault) {
+        std::shuffle(alive.begin(), alive.end(), random);
+        for (Fiber* fiber : alive) {
+            current = fiber;
+            swapcontext(&scheduler, &fiber->context);
+            if (fault) return;
+        }
+        alive.erase(std::remove_if(alive.begin(), alive.end(), [](Fiber* f) { return f->done; }), alive.end());
+        if (waits < static_cast<long>(alive.size())) continue;
+        if (alive.empty()) break;
+        current = alive[0];
+        if (engine.empty()) {
+            fault = "all threads wait";
+        } else {
+            engine.front()();
+            engine.pop_front();
+        }
+    }
+}
+
+void launch(int splits, int threads, int seed) {
+    std::mt19937 random(seed);
+    for (unsigned z = 0; z < grid.z; z++)
+        for (unsigned y = 0; y < grid.y; y++)
+            for (unsigned x = 0; x < grid.x && !fault; x += splits) {
+                cluster.assign(splits, {});
+                cluster_arrivals = {};
+                mbarriers.clear();
+                engine.clear();
+                for (int rank = 0; rank < splits; rank++) {
+                    Block& block = cluster[rank];
+                    block.index = {x + rank, y, z};
+                    block.threads = threads;
+                    block.memory.assign(static_memory() + STATIC_BYTES, static_cast<char>(0xFF));
+                    block.warps.resize(threads / 32);
+                }
+                run_cluster(threads, random);
+                for (auto& block : cluster)
+                    for (u32 i = shared_bytes; i < static_memory(); i++)
+                        if (block.memory[i] != static_cast<char>(0xFF)) fault = "written past shared memory";
+            }
+}
+
+}  // namespace gpu
+
+namespace ptx {
+
+void wgmma(std::vector<float*> sums, std::array<const u32*, 4> a, u64 b) {
+    const gpu::Wgmma work{std::move(sums), a, b};
+    if (gpu::late)
+        current->open_products.push_back(work);
+    else
+        gpu::product(work);
+}
+void wgmma_commit_group() {
+    current->products.push_back(std::move(current->open_products));
+    current->open_products = {};
+}
+void wgmma_wait_group(int pending) {
+    while (static_cast<int>(current->products.size()) > pending) {
+        for (auto& work : current->products.front()) gpu::product(work);
+        current->products.pop_front();
+    }
+}
+
+void cp_async(u32 to, const void* from, int, int bytes) {
+    if (bytes) gpu::global_at(from, bytes, 16);
+    const gpu::Copy copy{gpu::shared_at(to, 16), static_cast<const char*>(from), bytes, 16 - bytes};
+    if (gpu::late)
+        current->open_copies.push_back(copy);
+    else
+        gpu::land(copy);
+}
+void cp_async_commit_group() {
+    current->copies.push_back(std::move(current->open_copies));
+    current->open_copies = {};
+}
+void cp_async_wait_group(int pending) {
+    while (static_cast<int>(current->copies.size()) > pending) {
+        for (auto& copy : current->copies.front()) gpu::land(copy);
+        current->copies.pop_front();
+    }
+}
+void cp_async_wait_all() {
+    cp_async_commit_group();
+    cp_async_wait_group(0);
+}
+
+void copy_tile(u32 to, const void* map, int column, int row, u32 barrier) {
+    const u64* given = static_cast<const u64*>(map);
+    const std::array<u64, 4> of = {given[0], given[1], given[2], given[3]};
+    if (to % 1024) gpu::fail("a swizzled tile: not aligned");
+    char* const memory = gpu::shared_at(to, 16) - to;
+    gpu::shared_at(to + 128 * of[3] - 16, 16);
+    gpu::happen([=, &one = gpu::mbarrier(barrier)] {
+        const auto [address, rows, columns, box] = of;
+        for (u64 r = 0; r < box; r++)
+            for (u64 c = 0; c < 64; c++) {
+                const u64 at = 2 * ((row + r) * columns + column + c);
+                char* place = memory + gpu::swizzled(to + 128 * r + 2 * c);
+                if (row + r < rows && column + c < columns)
+                    std::memcpy(place, reinterpret_cast<const char*>(address) + at, 2);
+                else
+                    std::memset(place, 0, 2);
+            }
+        one.bytes -= 128 * box;
+        gpu::settle(one);
+    });
+}
+
+}  // namespace ptx
+#endif

@@ -274,12 +274,14 @@ extern "C" const char* run(const gpu::Launch& how, const std::intptr_t* given,
     path = folder / f"{name}-{hashlib.sha256(f'{macros}{text}'.encode()).hexdigest()[:16]}"
     made, written = path.with_suffix(".so"), path.with_suffix(".cpp")
     written.write_text(text)
-    if not folder.joinpath(f"{_HEADER.name}.gch").exists():
+    machine = folder / "machine.o"
+    if not machine.exists():
         header = folder / _HEADER.name
         header.write_text(_HEADER.read_text())
-        _run("-x", "c++-header", header)  # read once, which takes as long as a kernel
+        _run("-x", "c++-header", header)  # to read it takes as long as to compile a kernel
+        _run("-x", "c++", "-DMACHINE", "-c", header, "-o", machine)
     defined = [f"-D{macro}={value}" for macro, value in macros]
-    _run("-shared", *defined, "-o", made, written)
+    _run("-shared", *defined, "-o", made, written, machine)
     library = ctypes.CDLL(str(made))
     library.run.restype = ctypes.c_char_p
     return library

@@ -47,6 +47,7 @@ def plan(
     rules: tuple[tuple[str, Scheme], ...] = (),
     fmt: str = "awq",
     max_memory: int | None = None,
+    only: tuple[str, ...] = (),
 ) -> Plan:
     job = prepare(
         str(folder),
@@ -54,6 +55,7 @@ def plan(
         effort=effort,
         scheme=scheme,
         rules=rules,
+        only=only,
         format=fmt,
         device="cpu",
     ).job
@@ -278,6 +280,24 @@ def test_time_by_phase(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert awq.seconds["statistics"] < longer["statistics"] < 10 * awq.seconds["statistics"]
     assert longer["search"] == awq.seconds["search"]
     assert rtn.ram_bytes <= awq.ram_bytes
+
+
+def test_time_of_some_blocks(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text goes no further than the last that is coded; what is not coded takes no search."""
+    cost = plan_seconds._Cost(start=1e-5, row=1e-8)
+    monkeypatch.setattr(plan_seconds, "_search_cost", lambda *_args: cost)
+    args = {"method": "gptq", "fmt": "gptq"}
+    count = len(find_blocks(open_source(str(llama)).skeleton())[1])
+    whole, first, last = (
+        plan(llama, "w4g32", **args, only=only).seconds
+        for only in ((), (r"layers\.0\.",), (rf"layers\.{count - 1}\.",))
+    )
+    assert first["statistics"] == pytest.approx(whole["statistics"] / count)
+    assert last["statistics"] == pytest.approx(whole["statistics"])
+    assert first["search"] == pytest.approx(last["search"])
+    assert first["search"] == pytest.approx(whole["search"] / count)
+    learned = plan(llama, "w4g32", effort="best", only=(r"layers\.0\.",)).seconds
+    assert learned["statistics"] > first["statistics"]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from salience import grid
 from salience.blocks.window import window
@@ -43,7 +43,8 @@ def seconds_of(
     Args:
         source_bytes: of what is read.
     """
-    _, blocks = find_blocks(model)
+    name, blocks = find_blocks(model)
+    read, coded = _work(name, blocks, schemes, method)
     large = 1024 if device.type == "cpu" else 8192
     flops = matmul_flops(device, large)
     with fast_matmul():
@@ -51,20 +52,20 @@ def seconds_of(
     seconds = {"read": source_bytes / _READ_BYTES_PER_SECOND}
     if calibration is not None:
         tokens = calibration.samples * calibration.seqlen
-        weights = sum(weight_of(m).numel() for m in linears(blocks).values())
-        squares = sum(columns**2 for block in blocks for _, columns in input_groups(block))
+        weights = sum(weight_of(m).numel() for block in read for m in linears(block).values())
+        squares = sum(columns**2 for block in read for _, columns in input_groups(block))
         seconds["statistics"] = 2 * tokens * (weights + squares) / fast
         batch = batch_tokens(calibration, method, device)
         if method.folds:  # each is proved by two runs of a micro-batch
             seconds["statistics"] += 4 * batch * weights / flops
         if method.learns is not None:
             seconds["learn"] = _learn_seconds(
-                method.learns, tokens, batch, len(blocks), weights, fast, device
+                method.learns, tokens, batch, len(read), weights, fast, device
             )
     each = _search_cost(next(iter(schemes.values())), method, device)
     held = window(blocks, device, method.learns is not None)
     search = 0.0
-    for block in blocks:
+    for block in coded:
         for rows, columns in input_groups(block):
             # A GPU starts as many kernels for a narrow problem as for a wide one.
             starts = columns if device.type == "cpu" else _TRIAL_COLUMNS
@@ -83,6 +84,23 @@ def seconds_of(
             model, calibration, method.end_to_end, device, fast
         )
     return seconds
+
+
+def _work(
+    name: str, blocks: nn.ModuleList, schemes: Mapping[str, Scheme], method: Method
+) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The blocks that the text runs through, to the last that is coded unless something behind it
+    asks for more; and those that have something to code.
+    """
+    inside = [
+        any(f"{name}.{index}.{linear}" in schemes for linear in linears(block))
+        for index, block in enumerate(blocks)
+    ]
+    behind = any(not linear.startswith(f"{name}.") for linear in schemes)
+    if behind or method.learns is not None or not any(inside):
+        return list(blocks), [block for block, some in zip(blocks, inside, strict=True) if some]
+    last = max(index for index, some in enumerate(inside) if some)
+    return list(blocks[: last + 1]), [b for b, some in zip(blocks, inside, strict=True) if some]
 
 
 def _learn_seconds(
