@@ -87,6 +87,7 @@ struct Mbarrier { Block* block; u32 offset; long all, count, bytes; unsigned pha
 
 inline Fiber* current;
 inline ucontext_t scheduler;
+inline std::vector<std::unique_ptr<char[]>> stacks;  // of all kernels, one after the other
 inline Index grid;
 inline std::vector<Block> cluster;
 inline std::array<long, MEETINGS> cluster_arrivals;
@@ -99,7 +100,7 @@ inline long long stale;  // is added to what a kernel reads before it waits for 
 inline long waits;       // since something happened
 inline const char* fault;
 
-void pause();                     // let the others go on
+void pause();                              // let the others go on
 [[noreturn]] void fail(const char* what);  // the thread goes no further, and nor does the launch
 void meet(Barrier& barrier, int all);
 
@@ -547,7 +548,6 @@ void start() {
 }
 
 void run_cluster(int threads, std::mt19937& random) {
-    static std::vector<std::unique_ptr<char[]>> stacks;
     std::vector<Fiber> fibers(cluster.size() * threads);
     std::vector<Fiber*> alive;
     while (stacks.size() < fibers.size()) stacks.emplace_back(new char[STACK]);
