@@ -57,6 +57,17 @@ struct Copy { char* to; const char* from; int bytes, zeros; };
 struct Wgmma { std::vector<float*> sums; std::array<const u32*, 4> a; u64 b; };
 struct Block;
 
+// What a thread has begun: it is done in groups, when they are waited for.
+template <class Work>
+struct Groups {
+    std::deque<std::vector<Work>> committed;
+    std::vector<Work> open;
+
+    void add(const Work& work);
+    void commit();
+    void wait(int pending);
+};
+
 struct Fiber {
     ucontext_t context;
     Index thread;
@@ -64,10 +75,8 @@ struct Fiber {
     int arrivals;  // at the barrier of the cluster
     bool waited;   // for the kernel before
     bool done;
-    std::deque<std::vector<Copy>> copies;  // groups that are under way
-    std::vector<Copy> open_copies;
-    std::deque<std::vector<Wgmma>> products;
-    std::vector<Wgmma> open_products;
+    Groups<Copy> copies;
+    Groups<Wgmma> products;
 };
 
 struct Warp {
@@ -136,7 +145,6 @@ inline void store_shared(u32 to, T... values) {
     ((std::memcpy(at, &values, sizeof(T)), at += sizeof(T)), ...);
 }
 
-void land(const Copy& copy);
 Mbarrier& mbarrier(u32 address);
 void happen(std::function<void()> what);
 void settle(Mbarrier& one);
@@ -172,6 +180,17 @@ inline u32 of_both(F f, T... values) {
     return H::to(f(H::of(values)...)) | static_cast<u32>(H::to(f(H::of(values >> 16)...))) << 16;
 }
 
+// A row of what the lanes of a warp gave as a, times a column
+template <class H, class Column>
+inline void add_products(float& to, int row, Column column) {
+    double sum = to;
+    for (int k = 0; k < 16; k++) {
+        const u32 left = warp().given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> k % 2 * 16;
+        sum += static_cast<double>(H::of(left)) * H::of(column(k));
+    }
+    to = static_cast<float>(sum);
+}
+
 // d += a b: a 16 x 16 in four registers, b 16 x 8 in two, d 16 x 8 in four (PTX ISA, m16n8k16)
 template <class H>
 inline void matrix(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -181,21 +200,15 @@ inline void matrix(float& d0, float& d1, float& d2, float& d3, u32 a0, u32 a1, u
     float* d[4] = {&d0, &d1, &d2, &d3};
     for (int c = 0; c < 4; c++) {
         const int row = lane() / 4 + c / 2 * 8, column = lane() % 4 * 2 + c % 2;
-        double sum = *d[c];
-        for (int k = 0; k < 16; k++) {
-            const u32 left = warp().given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> k % 2 * 16;
-            const u32 right = warp().given[column * 4 + k % 8 / 2][4 + k / 8] >> k % 2 * 16;
-            sum += static_cast<double>(H::of(left)) * H::of(right);
-        }
-        *d[c] = static_cast<float>(sum);
+        add_products<H>(*d[c], row, [&](int k) {
+            return static_cast<u16>(warp().given[column * 4 + k % 8 / 2][4 + k / 8] >> k % 2 * 16);
+        });
     }
     meet_warp();
 }
 
 // Columns of K in rows of 128 bytes, eight rows 1024 bytes, 16-byte pieces swizzled among each other
 inline u32 swizzled(u32 address) { return address ^ (address >> 7 & 7) << 4; }
-
-void product(const Wgmma& work);
 
 }  // namespace gpu
 
@@ -495,7 +508,7 @@ const char* global_at(const void* place, int bytes, int align) {
     fail("outside of the arguments");
 }
 
-void land(const Copy& copy) {
+void perform(const Copy& copy) {
     if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
     std::memset(copy.to + copy.bytes, 0, copy.zeros);
 }
@@ -520,23 +533,40 @@ void settle(Mbarrier& one) {
 }
 
 // A warp's 16 rows of wgmma: as above, for as many columns as there are sums, b in shared memory
-void product(const Wgmma& work) {
+void perform(const Wgmma& work) {
     for (int i = 0; i < 4; i++) warp().given[lane()][i] = *work.a[i];
     meet_warp();
     if (work.b >> 62 != 1 || (work.b >> 32 & 0x3FFF) != 64) fail("wgmma: a descriptor of another kind");
     const u32 start = static_cast<u32>(work.b & 0x3FFF) << 4;
     for (std::size_t c = 0; c < work.sums.size(); c++) {
         const int row = lane() / 4 + c / 2 % 2 * 8, column = c / 4 * 8 + lane() % 4 * 2 + c % 2;
-        double sum = *work.sums[c];
-        for (int k = 0; k < 16; k++) {
-            const u32 left = warp().given[row % 8 * 4 + k % 8 / 2][row / 8 + k / 8 * 2] >> k % 2 * 16;
+        add_products<Half>(*work.sums[c], row, [&](int k) {
             u16 right;
             load_shared(swizzled(start + column / 8 * 1024 + column % 8 * 128 + 2 * k), right);
-            sum += static_cast<double>(Half::of(left)) * Half::of(right);
-        }
-        *work.sums[c] = static_cast<float>(sum);
+            return right;
+        });
     }
     meet_warp();
+}
+
+template <class Work>
+void Groups<Work>::add(const Work& work) {
+    if (late)
+        open.push_back(work);
+    else
+        perform(work);
+}
+
+template <class Work>
+void Groups<Work>::commit() {
+    committed.push_back(std::move(open));
+    open = {};
+}
+
+template <class Work>
+void Groups<Work>::wait(int pending) {
+    for (; static_cast<int>(committed.size()) > pending; committed.pop_front())
+        for (auto& work : committed.front()) perform(work);
 }
 
 void start() {
@@ -610,44 +640,20 @@ void launch(int splits, int threads, int seed) {
 namespace ptx {
 
 void wgmma(std::vector<float*> sums, std::array<const u32*, 4> a, u64 b) {
-    const gpu::Wgmma work{std::move(sums), a, b};
-    if (gpu::late)
-        current->open_products.push_back(work);
-    else
-        gpu::product(work);
+    current->products.add({std::move(sums), a, b});
 }
-void wgmma_commit_group() {
-    current->products.push_back(std::move(current->open_products));
-    current->open_products = {};
-}
-void wgmma_wait_group(int pending) {
-    while (static_cast<int>(current->products.size()) > pending) {
-        for (auto& work : current->products.front()) gpu::product(work);
-        current->products.pop_front();
-    }
-}
+void wgmma_commit_group() { current->products.commit(); }
+void wgmma_wait_group(int pending) { current->products.wait(pending); }
 
 void cp_async(u32 to, const void* from, int, int bytes) {
     if (bytes) gpu::global_at(from, bytes, 16);
-    const gpu::Copy copy{gpu::shared_at(to, 16), static_cast<const char*>(from), bytes, 16 - bytes};
-    if (gpu::late)
-        current->open_copies.push_back(copy);
-    else
-        gpu::land(copy);
+    current->copies.add({gpu::shared_at(to, 16), static_cast<const char*>(from), bytes, 16 - bytes});
 }
-void cp_async_commit_group() {
-    current->copies.push_back(std::move(current->open_copies));
-    current->open_copies = {};
-}
-void cp_async_wait_group(int pending) {
-    while (static_cast<int>(current->copies.size()) > pending) {
-        for (auto& copy : current->copies.front()) gpu::land(copy);
-        current->copies.pop_front();
-    }
-}
+void cp_async_commit_group() { current->copies.commit(); }
+void cp_async_wait_group(int pending) { current->copies.wait(pending); }
 void cp_async_wait_all() {
-    cp_async_commit_group();
-    cp_async_wait_group(0);
+    current->copies.commit();
+    current->copies.wait(0);
 }
 
 void copy_tile(u32 to, const void* map, int column, int row, u32 barrier) {

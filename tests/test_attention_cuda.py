@@ -1,7 +1,6 @@
 """Attention in CUDA C++: run on the CPU by the kernel's own text, compiled for Hopper, on a GPU."""
 
 import itertools
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.resources import files
@@ -18,7 +17,7 @@ from test_fused import attended, attention64, close, random
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 DIMS = [(64, 64), (80, 80), (96, 96), (128, 128), (192, 192), (256, 256), (192, 128), (48, 112)]
 with_gxx = pytest.mark.skipif(
-    shutil.which("g++") is None or torch.cuda.is_available(),
+    cuda_on_cpu.COMPILER is None or torch.cuda.is_available(),
     reason="no g++, or a GPU that is right",
 )
 

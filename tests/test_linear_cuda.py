@@ -1,5 +1,6 @@
 """The CUDA C++ of linears, its own text on a CPU, against fp64; what it does wrong is noticed."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -7,34 +8,39 @@ import torch
 
 import cuda_on_cpu
 from salience.kernels import cuda_program
+from salience.kernels.mma_cuda import Config as Few
 from salience.kernels.mma_cuda import Mma
+from salience.kernels.wgmma_cuda import Config as Many
 from salience.kernels.wgmma_cuda import Wgmma
 from test_kernels_cuda import packed_weight
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
-# y is rounded once by mma, and that is all; wgmma rounds each weight, too
 TOLERANCE = {FP16: 4e-4, BF16: 3e-3}
+# y is rounded once by mma, and that is all; wgmma rounds each weight, too
+LIMIT = {"mma": 1.0, "wgmma": 1.5}
+MMA, WGMMA = Mma(), Wgmma()
 pytestmark = pytest.mark.skipif(cuda_on_cpu.COMPILER is None, reason="no g++")
+by_both = pytest.mark.parametrize("variant", [MMA, WGMMA], ids=["mma", "wgmma"])
 
 
-_MMA, _WGMMA = Mma(), Wgmma()
+Way = tuple[tuple[int, int, int, int], Few | Many]
 
 
 def error(
     kernels: Path,
     monkeypatch: pytest.MonkeyPatch,
     case: tuple[int, int, int, int, int],
-    options: dict[str, int],
+    config: Few | Many | None,
     dtype: torch.dtype = FP16,
     scales: torch.dtype = FP16,
     change: tuple[str, str] = ("", ""),
     late: bool = True,
-    variant: Mma | Wgmma = _MMA,
+    variant: Mma | Wgmma = MMA,
 ) -> float:
     """Of a product, by what it may be: case is bits, group, rows, columns, tokens."""
     bits, group, rows, columns, tokens = case
+    options = {} if config is None else asdict(config)
     packed, weight = packed_weight(bits, columns if group == -1 else group, rows, columns, scales)
-
     compiler = cuda_on_cpu.Compiler(kernels, late, seed=tokens, change=change)
     monkeypatch.setattr(cuda_program, "kernel", compiler)
     monkeypatch.setattr(cuda_program, "capability", lambda index: 90)
@@ -45,53 +51,65 @@ def error(
     return float((y.double() - want).norm() / want.norm()) / TOLERANCE[dtype]
 
 
-def config(tiles: int, high: int, deep: int, stages: int, split: int, most: int) -> dict[str, int]:
-    names = ("tiles", "high", "deep", "stages", "split", "most")
-    return dict(zip(names, (tiles, high, deep, stages, split, most), strict=True))
-
-
 def test_one(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The smallest that has all: a cluster, teams, tails of rows, columns and tokens."""
-    assert error(kernels, monkeypatch, (4, 128, 72, 1000, 13), config(1, 2, 2, 2, 2, 16)) < 1
+    assert error(kernels, monkeypatch, (4, 128, 72, 1000, 13), Few(16, 1, 2, 2, 2, 2)) < 1
+
+
+# Two ways for a weight to lie, and two to cut the work
+WAYS: dict[str, tuple[Way, Way]] = {
+    "mma": (
+        ((128, 72, 1000, 9), Few(16, 2, 2, 2, 2, 2)),
+        ((32, 100, 400, 3), Few(8, 1, 1, 4, 4, 1)),
+    ),
+    "wgmma": (
+        ((128, 200, 640, 20), Many(32, 1, 2, 1, 2, buffers=4, stages=2)),
+        ((32, 64, 400, 17), Many(16, 1, 1, 3, 1, stages=3)),
+    ),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@by_both
 def test_bits(
-    bits: int, dtype: torch.dtype, kernels: Path, monkeypatch: pytest.MonkeyPatch
+    variant: Mma | Wgmma,
+    bits: int,
+    dtype: torch.dtype,
+    kernels: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Each with one of two ways to lie, and to be cut; copies that come late, and at once."""
-    case, options = (bits, 128, 72, 1000, 9), config(2, 2, 2, 2, 2, 16)
-    if (dtype == BF16) == (bits in (2, 4)):
-        case, options = (bits, 32, 100, 400, 3), config(1, 1, 4, 4, 1, 8)
-    scales = FP32 if bits == 2 else dtype
+    """Each in one of two ways; copies that come late, and at once."""
+    sizes, config = WAYS[variant.name][(dtype == BF16) == (bits in (2, 4))]
+    case, scales = (bits, *sizes), FP32 if bits == 2 else dtype
     for late in (True, False):
-        assert error(kernels, monkeypatch, case, options, dtype, scales, late=late) < 1
+        found = error(kernels, monkeypatch, case, config, dtype, scales, late=late, variant=variant)
+        assert found < LIMIT[variant.name]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "options", "scales"),
+    ("case", "config", "scales"),
     [
-        ((4, 64, 64, 384, 8), config(1, 7, 1, 2, 1, 8), BF16),
-        ((4, 256, 80, 768, 20), config(1, 2, 1, 2, 4, 16), FP16),
-        ((3, -1, 80, 328, 20), config(4, 1, 2, 4, 1, 8), FP16),
-        ((3, 384, 33, 800, 1), config(1, 3, 2, 2, 2, 8), FP16),
-        ((4, 128, 130, 640, 33), config(2, 2, 1, 2, 2, 24), FP16),
-        ((4, -1, 33, 1000, 17), {}, FP16),
+        ((4, 64, 64, 384, 8), Few(8, 1, 7, 1, 2, 1), BF16),
+        ((4, 256, 80, 768, 20), Few(16, 1, 2, 1, 2, 4), FP16),
+        ((3, -1, 80, 328, 20), Few(8, 4, 1, 2, 4, 1), FP16),
+        ((3, 384, 33, 800, 1), Few(8, 1, 3, 2, 2, 2), FP16),
+        ((4, 128, 130, 640, 33), Few(24, 2, 2, 1, 2, 2), FP16),
+        ((4, -1, 33, 1000, 17), None, FP16),
     ],
     ids=str,
 )
 def test_groups_and_shapes(
     case: tuple[int, int, int, int, int],
-    options: dict[str, int],
+    config: Few | None,
     scales: torch.dtype,
     kernels: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Groups within a block, of several and of a whole row; more tokens than one block has."""
-    assert error(kernels, monkeypatch, case, options, scales=scales) < 1
+    assert error(kernels, monkeypatch, case, config, scales=scales) < 1
 
 
 @pytest.mark.slow
@@ -107,8 +125,8 @@ def test_groups_and_shapes(
 def test_a_fault_is_seen(
     change: tuple[str, str], late: bool, kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case, options = (3, 64, 72, 1000, 9), config(1, 2, 2, 2, 2, 16)
-    assert not error(kernels, monkeypatch, case, options, change=change, late=late) < 3
+    case, config = (3, 64, 72, 1000, 9), Few(16, 1, 2, 2, 2, 2)
+    assert not error(kernels, monkeypatch, case, config, change=change, late=late) < 3
 
 
 @pytest.mark.parametrize(
@@ -124,62 +142,32 @@ def test_a_fault_is_named(
     change: tuple[str, str], said: str, kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(cuda_on_cpu.Fault, match=said):
-        error(kernels, monkeypatch, (3, 64, 72, 256, 3), config(1, 2, 1, 2, 2, 8), change=change)
-
-
-def cut(
-    tokens: int,
-    warpgroups: int,
-    row_tiles: int,
-    parts: int,
-    split: int,
-    stages: int = 2,
-    depth: int = 2,
-    buffers: int = 2,
-) -> dict[str, int]:
-    names = ("warpgroups", "row_tiles", "parts", "split", "stages", "depth", "buffers")
-    values = (warpgroups, row_tiles, parts, split, stages, depth, buffers)
-    return {"tokens": tokens} | dict(zip(names, values, strict=True))
+        error(kernels, monkeypatch, (3, 64, 72, 256, 3), Few(8, 1, 2, 1, 2, 2), change=change)
 
 
 def test_one_of_wgmma(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, options = (4, 128, 72, 1000, 19), cut(16, 1, 1, 2, 2)
-    assert error(kernels, monkeypatch, case, options, variant=_WGMMA) < 1.5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("dtype", [FP16, BF16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_bits_of_wgmma(
-    bits: int, dtype: torch.dtype, kernels: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case, options = (bits, 128, 200, 640, 20), cut(32, 1, 2, 1, 2, buffers=4)
-    if (dtype == BF16) == (bits in (2, 4)):
-        case, options = (bits, 32, 64, 400, 17), cut(16, 1, 1, 3, 1, stages=3)
-    scales = FP32 if bits == 2 else dtype
-    for late in (True, False):
-        found = error(kernels, monkeypatch, case, options, dtype, scales, late=late, variant=_WGMMA)
-        assert found < 1.5
+    case, config = (4, 128, 72, 1000, 19), Many(16, 1, 1, 2, 2, stages=2)
+    assert error(kernels, monkeypatch, case, config, variant=WGMMA) < LIMIT["wgmma"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("case", "options"),
+    ("case", "config"),
     [
-        ((4, 64, 333, 1000, 70), cut(64, 2, 1, 1, 1, stages=4, depth=4)),
-        ((4, 256, 80, 1024, 130), cut(128, 1, 1, 1, 4, stages=3)),
-        ((3, -1, 130, 328, 257), cut(256, 2, 1, 1, 1, stages=3)),
-        ((2, 384, 65, 800, 40), {}),
+        ((4, 64, 333, 1000, 70), Many(64, 2, 1, 1, 1, stages=4, depth=4)),
+        ((4, 256, 80, 1024, 130), Many(128, 1, 1, 1, 4, stages=3)),
+        ((3, -1, 130, 328, 257), Many(256, 2, 1, 1, 1, stages=3)),
+        ((2, 384, 65, 800, 40), None),
     ],
     ids=str,
 )
 def test_shapes_of_wgmma(
     case: tuple[int, int, int, int, int],
-    options: dict[str, int],
+    config: Many | None,
     kernels: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert error(kernels, monkeypatch, case, options, variant=_WGMMA) < 1.5
+    assert error(kernels, monkeypatch, case, config, variant=WGMMA) < LIMIT["wgmma"]
 
 
 @pytest.mark.slow
@@ -196,8 +184,8 @@ def test_a_fault_of_wgmma_is_seen(
     change: tuple[str, str], kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     try:
-        case, options = (4, 128, 72, 2048, 19), cut(16, 1, 1, 1, 2)
-        found = error(kernels, monkeypatch, case, options, change=change, variant=_WGMMA)
+        case, config = (4, 128, 72, 2048, 19), Many(16, 1, 1, 1, 2, stages=2)
+        found = error(kernels, monkeypatch, case, config, change=change, variant=WGMMA)
     except cuda_on_cpu.Fault:
         return
     assert not found < 3

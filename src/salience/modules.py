@@ -45,6 +45,17 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     raise SalienceError(f"{type(model).__name__} has no list of blocks with linear layers")
 
 
+def coded_blocks(prefix: str, names: Iterable[str]) -> list[int]:
+    """Which blocks have something to code, in order: by the names of what is coded anywhere.
+
+    Args:
+        prefix: of the list of blocks, as `find_blocks` gives it.
+        names: full names of linears.
+    """
+    inside = (name[len(prefix) + 1 :] for name in names if name.startswith(f"{prefix}."))
+    return sorted({int(name.partition(".")[0]) for name in inside})
+
+
 def linears(module: nn.Module) -> dict[str, nn.Module]:
     """All linears below `module` that can be coded, by name: no expert, router or narrow gate."""
     floats = _floats(module)

@@ -35,6 +35,7 @@ from salience.blocks.window import solved_bytes, window
 from salience.errors import DoesNotFitError, SalienceError
 from salience.learning.pupil import Pupil
 from salience.machine import fast_matmul, release_memory
+from salience.modules import coded_blocks
 from salience.stats import SecondMoment
 from salience.structure import restore, weight_of
 
@@ -125,7 +126,8 @@ class _Engine:
         self._on_disk = on_disk
         # Behind the last block that has something to code, nobody asks what the text becomes.
         whole |= any(job.outside or job.method.learns is not None for job, _ in tasks)
-        self._text_ends = len(self._job.blocks) + 1 if whole else _blocks_read(tasks)
+        coded = coded_blocks(self._job.prefix, (name for job, _ in tasks for name in job.schemes))
+        self._text_ends = len(self._job.blocks) + 1 if whole else coded[-1] + 1
         self._structures = Structures(self._job, self._folds)
         self._hidden: HiddenStates | None = None
         self._pupil: Pupil | None = None
@@ -362,17 +364,6 @@ class _Engine:
         with job.phase("search"):
             [solved] = solve([block], job.method, job.schemes.get, job.method.trusted)
         save_solved(job, journal, count, block, solved, False, time.perf_counter() - began)
-
-
-def _blocks_read(tasks: Sequence[tuple[Job, Journal]]) -> int:
-    """How many blocks there are up to the last that has a linear to code."""
-    job = tasks[0][0]
-    names = [name for each, _ in tasks for name in each.schemes]
-    return max(
-        index + 1
-        for index in range(len(job.blocks))
-        if any(name.startswith(f"{job.block_name(index)}.") for name in names)
-    )
 
 
 def _adder(moments: dict[str, SecondMoment]) -> Callable[[str, Tensor], None]:

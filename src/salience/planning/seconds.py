@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from salience import grid
 from salience.blocks.window import window
@@ -18,6 +18,7 @@ from salience.machine import fast_matmul, matmul_flops
 from salience.methods import EndToEnd, Method, Problem, Tuning
 from salience.methods.awq import EXPONENTS, SCALE_ROWS
 from salience.methods.tuned import Rounding
+from salience.modules import coded_blocks
 from salience.planning.bytes import batch_tokens, input_groups
 from salience.scheme import Scheme
 from salience.structure import Fold, find_blocks, linears, weight_of
@@ -44,7 +45,10 @@ def seconds_of(
         source_bytes: of what is read.
     """
     name, blocks = find_blocks(model)
-    read, coded = _work(name, blocks, schemes, method)
+    coded = coded_blocks(name, schemes)
+    # The text goes to the last block that is coded, unless something behind it asks for more.
+    whole = method.learns is not None or any(not n.startswith(f"{name}.") for n in schemes)
+    read = blocks if whole or not coded else blocks[: coded[-1] + 1]
     large = 1024 if device.type == "cpu" else 8192
     flops = matmul_flops(device, large)
     with fast_matmul():
@@ -65,8 +69,8 @@ def seconds_of(
     each = _search_cost(next(iter(schemes.values())), method, device)
     held = window(blocks, device, method.learns is not None)
     search = 0.0
-    for block in coded:
-        for rows, columns in input_groups(block):
+    for index in coded:
+        for rows, columns in input_groups(blocks[index]):
             # A GPU starts as many kernels for a narrow problem as for a wide one.
             starts = columns if device.type == "cpu" else _TRIAL_COLUMNS
             search += starts * each.start / held + columns * each.row * rows
@@ -84,23 +88,6 @@ def seconds_of(
             model, calibration, method.end_to_end, device, fast
         )
     return seconds
-
-
-def _work(
-    name: str, blocks: nn.ModuleList, schemes: Mapping[str, Scheme], method: Method
-) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The blocks that the text runs through, to the last that is coded unless something behind it
-    asks for more; and those that have something to code.
-    """
-    inside = [
-        any(f"{name}.{index}.{linear}" in schemes for linear in linears(block))
-        for index, block in enumerate(blocks)
-    ]
-    behind = any(not linear.startswith(f"{name}.") for linear in schemes)
-    if behind or method.learns is not None or not any(inside):
-        return list(blocks), [block for block, some in zip(blocks, inside, strict=True) if some]
-    last = max(index for index, some in enumerate(inside) if some)
-    return list(blocks[: last + 1]), [b for b, some in zip(blocks, inside, strict=True) if some]
 
 
 def _learn_seconds(

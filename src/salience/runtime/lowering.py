@@ -206,10 +206,8 @@ class _Lowering:
             return None
         codes, scales = packed[:2]
         group_size = given.shape[-1] // meta(scales).shape[0]
-        rows = self.call(aten.reshape.default, x, [1, given.shape[-1]])
-        y = self.call(aten._weight_int4pack_mm_for_cpu.default, rows, codes, group_size, scales)
-        y.meta["val"] = given.new_empty(1, out_features)
-        return self.call(aten.view.default, y, [*given.shape[:-1], out_features])
+        target = aten._weight_int4pack_mm_for_cpu.default
+        return self._product(x, out_features, target, codes, group_size, scales)
 
     def linear(self, node: Node) -> Node | None:
         x, weight, bias = _arguments(node)
@@ -224,11 +222,16 @@ class _Lowering:
         self.room -= value.nbytes
         reordered = torch.ops.mkldnn._reorder_linear_weight(value, 1)
         weight = constant(self.gm, reordered, "reordered")
-        rows = self.call(aten.reshape.default, x, [1, given.shape[-1]])
         target = torch.ops.mkldnn._linear_pointwise.default
-        y = self.call(target, rows, weight, bias, "none", [], "")
-        y.meta["val"] = given.new_empty(1, value.shape[0])
-        return self.call(aten.view.default, y, [*given.shape[:-1], value.shape[0]])
+        return self._product(x, value.shape[0], target, weight, bias, "none", [], "")
+
+    def _product(self, x: Node, out_features: int, target: Any, *args: Any) -> Node:
+        """An op that takes one row, [1, n], of an x [..., n] that has no more."""
+        given = meta(x)
+        rows = self.call(aten.reshape.default, x, [1, given.shape[-1]])
+        y = self.call(target, rows, *args)
+        y.meta["val"] = given.new_empty(1, out_features)
+        return self.call(aten.view.default, y, [*given.shape[:-1], out_features])
 
 
 def _reorders() -> bool:
