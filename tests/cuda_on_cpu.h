@@ -1,10 +1,11 @@
 // What a kernel of CUDA C++ needs to run on a CPU: threads as fibers, and the instructions that our
 // kernels name. cuda_on_cpu.py turns each `asm` into a call of the function of its name here.
 //
-// Fibers change only where threads wait for each other, and in an order that a seed draws. What is
-// asynchronous happens at once, or (late) when it is waited for, or when no thread can go on: a GPU may
-// do either, and what depends on it is a missing wait, or memory that is changed while it is read.
-// Shared memory begins as NaN; what lies outside of it or of the arguments is a fault.
+// Fibers change only where threads wait for each other, and in an order that a seed draws; now and
+// then a warp sleeps until the others can go no further without it. What is asynchronous happens at
+// once, or (late) when it is waited for, or when no thread can go on: a GPU may do either, and what
+// depends on it is a missing wait, or memory that is changed while it is read. Shared memory begins as
+// NaN; what lies outside of it or of the arguments is a fault.
 //
 // Kernels are many, so what does not depend on them is compiled once, with MACHINE defined.
 
@@ -592,18 +593,25 @@ void run_cluster(int threads, std::mt19937& random) {
         alive.push_back(&fiber);
     }
     waits = 0;
+    std::vector<bool> asleep(fibers.size() / 32);
     while (!alive.empty() && !fault) {
         std::shuffle(alive.begin(), alive.end(), random);
+        for (std::size_t i = 0; i < asleep.size(); i++) asleep[i] = asleep[i] || random() % 32 == 0;
+        long awake = 0;
         for (Fiber* fiber : alive) {
+            if (asleep[(fiber - fibers.data()) / 32]) continue;
             current = fiber;
             swapcontext(&scheduler, &fiber->context);
             if (fault) return;
+            awake++;
         }
         alive.erase(std::remove_if(alive.begin(), alive.end(), [](Fiber* f) { return f->done; }), alive.end());
-        if (waits < static_cast<long>(alive.size())) continue;
+        if (waits < awake) continue;
         if (alive.empty()) break;
         current = alive[0];
-        if (engine.empty()) {
+        if (std::count(asleep.begin(), asleep.end(), true)) {
+            asleep.assign(asleep.size(), false);
+        } else if (engine.empty()) {
             fault = "all threads wait";
         } else {
             engine.front()();
