@@ -12,7 +12,7 @@ from torch import Tensor
 
 from salience import grid, kernels
 from salience.errors import SalienceError, StorageError
-from salience.kernels import choice, gpu, mma_cuda, wgmma_cuda
+from salience.kernels import choice, cuda_program, gpu, mma_cuda, wgmma_cuda
 from salience.kernels.choice import Entry, Shape, Timed
 from salience.linear import QuantLinear
 from salience.qtensor import QTensor
@@ -287,11 +287,12 @@ def pretend(
     capability: tuple[int, int] = (9, 0),
     fault: Exception | None = None,
 ) -> None:
-    """A GPU."""
+    """A GPU, with Triton alone."""
     triton = pytest.importorskip("triton")
     monkeypatch.setattr(triton.runtime, "driver", Driver(fault))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "no GPU of ours")
+    monkeypatch.setattr(cuda_program, "available", lambda: False)
 
 
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:

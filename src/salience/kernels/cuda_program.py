@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import threading
+from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ def available() -> bool:
         return False
     if find_spec("cuda") is None or find_spec("cuda.core") is None:
         return False
+    import_module("cuda.core")  # now: two threads that compile must not be the first to import it
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
