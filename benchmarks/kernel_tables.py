@@ -85,6 +85,7 @@ def measure(shape: Shape, tokens: list[int]) -> tuple[Entry, list[dict[str, Any]
     exact = gpu.Gpu().unpack(copies[0], scheme, shape.columns, shape.rows)
     weight = exact.dequantize(torch.float32)[:256].double()
     del exact
+    choice.warm_up(_gpu())
     buckets, rows = {}, []
     for many in tokens:
         x = torch.randn(many, shape.columns, device="cuda", dtype=shape.dtype)

@@ -104,6 +104,19 @@ def test_what_wgmma_launches(monkeypatch):
     assert dict(macros)["GROUP"] == 32 and dict(macros)["STREAM"] == 0
 
 
+def test_x_that_has_no_room_comes_in_blocks(monkeypatch):
+    """The options of a weight may be those measured on a narrower one."""
+    recorded = Recorded(monkeypatch)
+    for columns in (1024, 16384):
+        packed, _ = packed_weight(4, 128, 64, columns)
+        x = torch.zeros(4, columns, dtype=FP16)
+        Mma().multiply(x, packed, 4, 128, 64, deep=2, stages=0)
+    stages = [dict(macros)["STAGES"] for _, macros, _ in recorded.compiled]
+    assert stages == [0, 2]
+    shared = [more["shared"] for *_, more in recorded.launched]
+    assert shared == [4 * (2 * 1024 + 16), 4 * 2 * 2 * 272]
+
+
 def _every_option(monkeypatch, variant, tokens, shapes, bits, group, dtype, scales):
     recorded = Recorded(monkeypatch)
     for (columns, rows), most in itertools.product(shapes, tokens):
@@ -152,7 +165,7 @@ def test_options_compile(monkeypatch, variant):
     tokens = (1, 8, 16, 32, 64) if variant.name == "mma" else (32, 64, 128, 256, 4096)
     shapes = SHAPES[:2]
     cases = _every_option(monkeypatch, variant, tokens, shapes, 4, 128, FP16, FP16)
-    _compile_all(cases[:: 13 if variant.name == "mma" else 4])  # they differ in numbers alone
+    _compile_all(cases[:: 23 if variant.name == "mma" else 4])  # they differ in numbers alone
 
 
 @pytest.mark.slow
@@ -214,9 +227,12 @@ def test_against_fp64(variant, bits):
 
 
 @on_gpu
-@pytest.mark.parametrize("tokens", [32, 64, 128, 300, 1100])
-def test_every_way_to_cut_the_work(tokens):
-    variant = Wgmma()
+@pytest.mark.parametrize(
+    ("variant", "tokens"),
+    [(Mma(), n) for n in (1, 3, 8, 13)] + [(Wgmma(), n) for n in (32, 64, 128, 300, 1100)],
+    ids=lambda one: getattr(one, "name", str(one)),
+)
+def test_every_way_to_cut_the_work(variant, tokens):
     columns, rows = 2048, 1000
     shape = Shape(4, 128, 4096, 4096, FP16)
     options = variant.options(shape, 1 << (tokens - 1).bit_length())
@@ -239,13 +255,13 @@ def test_memory_used_again_in_another_shape():
 
 
 @on_gpu
-def test_in_a_graph_one_after_the_other():
+@pytest.mark.parametrize(("variant", "tokens"), [(Mma(), 3), (Wgmma(), 32)], ids=["mma", "wgmma"])
+def test_in_a_graph_one_after_the_other(variant, tokens):
     """Each kernel may start before the one ahead has ended, and must wait for its output."""
-    variant = Wgmma()
     if not variant.supports(Shape(4, 128, 512, 512, FP16), 32, torch.device("cuda")):
         pytest.skip("not for this GPU")
     layers = [packed_weight(4, 128, 512, 512, device="cuda", seed=seed) for seed in range(4)]
-    x = torch.randn(32, 512, device="cuda").half()
+    x = torch.randn(tokens, 512, device="cuda").half()
 
     def chain(y):
         for packed, _ in layers:
@@ -258,7 +274,7 @@ def test_in_a_graph_one_after_the_other():
         y = chain(x)
     for seed in range(3):
         torch.manual_seed(seed)
-        x.copy_(torch.randn(32, 512))
+        x.copy_(torch.randn(tokens, 512))
         graph.replay()
         want = x.double()
         for _, weight in layers:

@@ -92,11 +92,12 @@ def test_bits(
 @pytest.mark.parametrize(
     ("case", "config", "scales"),
     [
-        ((4, 64, 64, 384, 8), Few(8, 1, 7, 1, 2, 1), BF16),
+        ((4, 64, 64, 500, 8), Few(8, 1, 7, 1, 4, 1, together=2), BF16),
         ((4, 256, 80, 768, 20), Few(16, 1, 2, 1, 2, 4), FP16),
         ((3, -1, 80, 328, 20), Few(8, 4, 1, 2, 4, 1), FP16),
-        ((3, 384, 33, 800, 1), Few(8, 1, 3, 2, 2, 2), FP16),
+        ((3, 384, 33, 800, 1), Few(8, 1, 3, 2, 0, 2), FP16),
         ((4, 128, 130, 640, 33), Few(24, 2, 2, 1, 2, 2), FP16),
+        ((2, 32, 64, 400, 4), Few(8, 1, 1, 16, 0, 1), FP16),
         ((4, -1, 33, 1000, 17), None, FP16),
     ],
     ids=str,
@@ -108,24 +109,36 @@ def test_groups_and_shapes(
     kernels: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Groups within a block, of several and of a whole row; more tokens than one block has."""
+    """Groups within a block, of several and of a whole row; more tokens than one block has; x in
+    pairs of blocks and all at once.
+    """
     assert error(kernels, monkeypatch, case, config, scales=scales) < 1
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("change", "late"),
+    ("change", "late", "config"),
     [
-        (('asm volatile("cp.async.wait_group %0;"', 'asm volatile("cp.async.wait_group 9;"'), True),
-        (("next % STAGES * size", "i * size"), False),
-        (("min(block / GROUP_BLOCKS", "min(1 + block / GROUP_BLOCKS"), True),
+        (('"n"(PENDING)', '"n"(9)'), True, Few(16, 1, 2, 2, 2, 2)),
+        (('"n"(PENDING)', '"n"(PENDING + 1)'), True, Few(16, 1, 2, 1, 4, 1, together=2)),
+        (("next % ROUND * size", "i * size"), False, Few(16, 1, 2, 2, 2, 2)),
+        (("        meet();\n    }", "    }"), True, Few(16, 1, 7, 1, 0, 1)),
+        (
+            ("min(block / GROUP_BLOCKS", "min(1 + block / GROUP_BLOCKS"),
+            True,
+            Few(16, 1, 2, 2, 2, 2),
+        ),
     ],
-    ids=["wait", "buffer", "group"],
+    ids=["wait", "wait for two", "buffer", "meet", "group"],
 )
 def test_a_fault_is_seen(
-    change: tuple[str, str], late: bool, kernels: Path, monkeypatch: pytest.MonkeyPatch
+    change: tuple[str, str],
+    late: bool,
+    config: Few,
+    kernels: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    case, config = (3, 64, 72, 1000, 9), Few(16, 1, 2, 2, 2, 2)
+    case = (3, 64, 72, 1000, 9)
     assert not error(kernels, monkeypatch, case, config, change=change, late=late) < 3
 
 

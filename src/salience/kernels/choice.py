@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -191,6 +192,8 @@ def measure(
         time: microseconds a call, of calls that differ in their weight; None for graph replay.
     """
     copies = _random_weights(shape, device)
+    if time is None:
+        warm_up(device)
     buckets = {}
     for count in tokens:
         x = torch.randn(count, shape.columns, device=device).to(shape.dtype)
@@ -233,6 +236,15 @@ def _random_weights(shape: Shape, device: torch.device) -> list[list[Tensor]]:
         cache = torch.cuda.get_device_properties(device).L2_cache_size
     count = max(2, _COPIES_OF_L2 * cache // made[0].nbytes + 1)
     return [[tensor.clone() for tensor in made] for _ in range(count)]
+
+
+def warm_up(device: torch.device, seconds: float = 0.5) -> None:
+    """Keep a GPU busy until its clock is up, or what is timed first takes up to a fifth longer."""
+    x = torch.zeros(4096, 4096, device=device, dtype=torch.float16)
+    end = perf_counter() + seconds
+    while perf_counter() < end:
+        torch.mm(x, x)
+        torch.cuda.synchronize(device)
 
 
 def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:

@@ -1,6 +1,6 @@
 """Few tokens times a low-bit weight, in CUDA C++: `cuda/mma.cu` says how."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,12 @@ class Config:
         tiles: of 16 rows, that a warp has.
         high: warps of a team, one above the other.
         deep: teams of a thread block, which share the columns.
-        stages: blocks of 128 columns of x in shared memory, 2 or 4.
+        stages: blocks of 128 columns of x in shared memory, 2 or 4; 0 for all of x at the start,
+            after which no warp waits for another.
         split: thread blocks of a cluster, which share the columns (sm90 and later).
         resident: thread blocks that a processor should have registers for; 0 for as many as the
             compiler makes of it.
+        together: of the stages, that come at once: 1, or 2 of 4.
     """
 
     most: int = 0
@@ -32,9 +34,10 @@ class Config:
     stages: int = 2
     split: int = 1
     resident: int = 0
+    together: int = 1
 
 
-_TOKEN_BYTES = 272  # of a block of x in shared memory
+_BLOCK_BYTES = 2 * BLOCK  # of a token's x
 _SHARED_BYTES = 99 * 1024  # of a thread block; GPUs have at least that
 _FEW_WARPS, _MANY_WARPS = 900, 9000  # of a launch: enough to fill a GPU, few enough to do much each
 
@@ -42,12 +45,24 @@ _FEW_WARPS, _MANY_WARPS = 900, 9000  # of a launch: enough to fill a GPU, few en
 # are for weights of few rows, high ones for many tokens, odd ones fill its 132 processors evenly.
 _WORTH_TRYING = (
     *((1, 1, 16, 1), (2, 1, 16, 1), (2, 1, 8, 1), (4, 1, 8, 1)),
-    *((1, 2, 8, 1), (2, 2, 8, 1), (4, 2, 4, 1), (1, 2, 8, 2), (2, 2, 8, 2), (1, 2, 4, 2)),
-    *((2, 2, 4, 2), (2, 2, 2, 4), (1, 3, 4, 1), (1, 3, 4, 2), (2, 3, 4, 2)),
+    *((1, 2, 8, 1), (2, 2, 8, 1), (4, 2, 4, 1), (1, 2, 8, 2), (2, 2, 8, 2), (2, 2, 6, 2)),
+    *((1, 2, 4, 2), (2, 2, 4, 2), (2, 2, 2, 4), (1, 3, 4, 1), (1, 3, 4, 2), (2, 3, 4, 2)),
     *((1, 4, 4, 1), (2, 4, 2, 1), (2, 4, 1, 1), (1, 4, 4, 2), (2, 4, 4, 2), (4, 2, 4, 2)),
-    *((1, 4, 2, 4), (2, 4, 2, 4), (1, 6, 2, 2), (1, 7, 2, 1), (2, 7, 2, 1), (2, 7, 1, 1)),
-    (1, 8, 2, 2),
+    *((1, 4, 2, 4), (2, 4, 2, 4), (1, 6, 2, 2), (1, 7, 1, 1), (1, 7, 2, 1), (2, 7, 1, 1)),
+    *((2, 7, 2, 1), (1, 7, 1, 2), (1, 8, 2, 1), (1, 8, 2, 2)),
 )
+
+
+# Stages and together, with the most tokens that they are worth trying for. What lets warps go on
+# without each other is good where they have few rows of many; but much of x takes long to come.
+_WAYS = {(2, 1): 64, (4, 1): 64, (4, 2): 8, (0, 1): 4}
+
+
+def _token_bytes(config: Config, columns: int) -> int:
+    """Of a token's x in shared memory: 16 more than it has, so that banks do not collide."""
+    if config.stages:
+        return config.deep * config.stages * (_BLOCK_BYTES + 16)
+    return _BLOCK_BYTES * -(-columns // (BLOCK * config.split)) + 16
 
 
 def usual(tokens: int, columns: int, rows: int, bits: int) -> Config:
@@ -91,13 +106,11 @@ class Mma:
                 or tiles * shape.bits > 16
             ):
                 continue
-            for stages in (2, 4):
-                if stages * deep * min(most, tokens) * _TOKEN_BYTES <= _SHARED_BYTES:
-                    found += [
-                        {"most": most, "tiles": tiles, "high": high, "deep": deep}
-                        | {"stages": stages, "split": split, "resident": resident}
-                        for resident in (0, 1)
-                    ]
+            for (stages, together), limit in _WAYS.items():
+                one = Config(most, tiles, high, deep, stages, split, 0, together)
+                room = min(most, tokens) * _token_bytes(one, shape.columns) <= _SHARED_BYTES
+                if tokens <= limit and room:
+                    found += [asdict(one), asdict(replace(one, resident=1))]
         return found or [{}]
 
     def multiply(
@@ -113,11 +126,14 @@ class Mma:
         config = Config(**options) if options else usual(len(x), x.shape[1], out_features, bits)
         words, scales, zeros = packed
         columns, index = x.shape[1], x.device.index
+        most = config.most or (8 if len(x) <= 8 else 16)
+        here = min(len(x), most)
+        if here * _token_bytes(config, columns) > _SHARED_BYTES:  # options of a weight like this
+            config = replace(config, stages=2, together=1)
         if columns % 8 or x.stride(0) % 8 or x.stride(1) != 1 or x.data_ptr() % 16:
             x = torch.nn.functional.pad(x, (0, -columns % 8)).contiguous()
         y = x.new_empty(len(x), out_features)
         size = columns if group_size == -1 else group_size
-        most = config.most or (8 if len(x) <= 8 else 16)
         macros = {
             "BITS": bits,
             "SUBS": BLOCK // size if size < BLOCK and size < columns else 1,
@@ -129,12 +145,12 @@ class Mma:
             "STAGES": config.stages,
             "SPLIT": config.split,
             "RESIDENT": config.resident,
+            "TOGETHER": config.together,
             "BF16": int(x.dtype == torch.bfloat16),
             "SCALE": cuda_program.SCALES[scales.dtype],
         }
         kernel = cuda_program.kernel("mma.cu", "mma", tuple(macros.items()), index)
-        rows, here = TILE * config.tiles * config.high, min(len(x), most)
-        staged = config.deep * config.stages * here * _TOKEN_BYTES
+        rows, staged = TILE * config.tiles * config.high, here * _token_bytes(config, columns)
         sums = 4 * config.deep * here * (rows + 4)
         inbox = 4 * here * rows + 16 * config.split if config.split > 1 else 0
         numbers = (len(x), out_features, columns, x.stride(0), scales.shape[1])

@@ -19,13 +19,19 @@
 //
 // and no weight is ever rounded.
 //
+// A team must meet before it reads a block of x that all of it brought, and again before that place
+// takes another; where W is narrow in bits and rows are many, warps that stand there are a tenth of
+// the time. So x may come two blocks at once, or whole, which is for few tokens: the first products
+// wait for it.
+//
 // Before the first touch of x the kernel waits for the one before it (griddepcontrol.wait); its
 // first weights are by then under way, as they depend on nobody.
 //
 // Options, as macros: BITS 2, 3, 4, 8; SUBS groups to a block of 128 columns (1, 2, 4) or else
 // GROUP_BLOCKS blocks to a group; TOKENS a multiple of 8; TILES 1, 2, 4; HIGH; DEEP; STAGES blocks
-// of x in shared memory, 2 or 4; SPLIT; RESIDENT thread blocks that a processor should have
-// registers for, or 0; BF16; SCALE 0 fp16, 1 bf16, 2 fp32; SM 90 for sm90.
+// of x in shared memory, 2 or 4, of which TOGETHER, 1 or 2, come at once, or 0 for all of x at the
+// start; SPLIT; RESIDENT thread blocks that a processor should have registers for, or 0; BF16;
+// SCALE 0 fp16, 1 bf16, 2 fp32; SM 90 for sm90.
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -37,9 +43,11 @@ constexpr int TILE_WORDS = 32 * LANE_WORDS;  // of all lanes
 constexpr int FOURS = LANE_WORDS / 4;
 constexpr int STRIPS = TOKENS / 8;
 constexpr int ROWS = 16 * TILES * HIGH;
-constexpr int STRIDE = 272;  // bytes of a token in shared memory: 16 more, or banks collide
+constexpr bool WHOLE = STAGES == 0;
+constexpr int PENDING = WHOLE ? 0 : STAGES / TOGETHER - 2;
+constexpr int ROUND = WHOLE ? AHEAD : STAGES;  // blocks of a team in a turn of the loop
 constexpr int THREADS = 32 * HIGH * DEEP;
-static_assert(STAGES % AHEAD == 0, "blocks of W keep their registers");
+static_assert(ROUND % AHEAD == 0, "blocks of W keep their registers");
 constexpr int PITCH = ROWS + 4;  // floats of a token's sums in shared memory, for the same reason
 
 struct Weights {
@@ -253,12 +261,13 @@ __device__ __forceinline__ void steps(Sums& total, Sums& group, const Weights& w
 
 // A team's block of x into shared memory, zeros where `real` is false. A thread has one chunk of 8
 // columns, of every 2 * HIGH-th token from its first.
-__device__ __forceinline__ void stage(u32 to, const char* from, int tokens, u32 apart, bool real) {
+__device__ __forceinline__ void stage(u32 to, const char* from, int tokens, u32 apart, int pitch,
+                                      bool real) {
 #pragma unroll
     for (int i = 0; i < (TOKENS + 2 * HIGH - 1) / (2 * HIGH); i++)
         if (2 * HIGH * i < tokens)
             asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-                         :: "r"(to + 2 * HIGH * STRIDE * i), "l"(from + apart * i),
+                         :: "r"(to + 2 * HIGH * pitch * i), "l"(from + apart * i),
                             "r"(real ? 16 : 0));
 }
 
@@ -292,6 +301,8 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
     const int tile = min(static_cast<int>(blockIdx.y * HIGH + member) * TILES, tiles - TILES);
     const int first_token = blockIdx.z * TOKENS, here = min(TOKENS, tokens - first_token);
     const int each = (blocks + SPLIT - 1) / SPLIT;
+    const int pitch = 256 * (WHOLE ? each : 1) + 16;  // bytes of a token: 16 more, or banks collide
+    const int size = here * pitch, x_bytes = WHOLE ? size : DEEP * STAGES * size;
     const int end = min(blocks, each * (static_cast<int>(blockIdx.x) + 1));
     const int first = each * static_cast<int>(blockIdx.x) + team;
 #if SPLIT > 1
@@ -302,7 +313,7 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
     const u32 full = shared_address(&arrived);
     const int share = (here * (ROWS / 4) + SPLIT - 1) / SPLIT, begin = share * blockIdx.x;
     const u32 inbox =
-        shared_address(shared) + max(DEEP * STAGES * here * STRIDE, 4 * DEEP * here * PITCH);
+        shared_address(shared) + max(x_bytes, 4 * DEEP * here * PITCH);
     if (threadIdx.x == 0) {
         const int all = 16 * (SPLIT - 1) * max(0, min(share, here * (ROWS / 4) - begin));
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1; fence.mbarrier_init.release.cluster;"
@@ -332,61 +343,79 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
     asm volatile("griddepcontrol.launch_dependents;");
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-    const int size = here * STRIDE, token = thread >> 4, column = 8 * (thread & 15);
-    const u32 buffers = shared_address(shared) + team * STAGES * size;
-    const u32 to = kept(buffers + token * STRIDE + 2 * column);
+    const int token = thread >> 4, column = 8 * (thread & 15);
+    const int next_x = WHOLE ? 256 * DEEP : size;  // bytes from a team's block of x to its next
+    const u32 buffers = shared_address(shared) + team * (WHOLE ? 256 : STAGES * size);
+    const u32 to = kept(buffers + token * pitch + 2 * column);
     const char* from = x + 2 * ((first_token + token) * stride + column) + 256 * first;
     const int whole = kept((columns - column + 127) / 128);  // blocks whose x a thread finds
     const u32 apart = 4 * HIGH * stride;  // bytes between a thread's tokens
     const int left = kept(here - token);
+    const u32 barrier = kept(team + 1);
+    auto meet = [&] {  // the warps of a team
+        if (HIGH == 1)
+            __syncwarp();
+        else
+            asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(32 * HIGH) : "memory");
+    };
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) {
+    for (int i = 0; WHOLE ? first + i * DEEP < end : i < STAGES - TOGETHER; i++) {
         const int block = first + i * DEEP;
-        if (block < end) stage(to + i * size, from + 256 * i * DEEP, left, apart, block < whole);
-        asm volatile("cp.async.commit_group;");
+        if (block < end)
+            stage(to + i * next_x, from + 256 * i * DEEP, left, apart, pitch, block < whole);
+        if (i % TOGETHER == TOGETHER - 1) asm volatile("cp.async.commit_group;");
+    }
+    if (WHOLE) {
+        asm volatile("cp.async.wait_group 0;" ::: "memory");
+        meet();
     }
     u32 place[STRIPS];  // tokens that are not there read one that is: their sums are not kept
 #pragma unroll
     for (int n = 0; n < STRIPS; n++)
-        place[n] = kept(min(8 * n + (lane & 7), here - 1) * STRIDE + 16 * (lane >> 3) + buffers);
+        place[n] = kept(min(8 * n + (lane & 7), here - 1) * pitch + 16 * (lane >> 3) + buffers);
 
     const u32 none = tokens & 0x80000000;  // 0, which the compiler does not know
     u32 masks[PLACES];
 #pragma unroll
     for (int i = 0; i < PLACES; i++)
         masks[i] = kept(((1u << BITS) - 1 << i * BITS) * 0x00010001u | none);
-    const u32 barrier = kept(team + 1);
     Sums total = {}, group;
-    for (int base = first; base < end; base += STAGES * DEEP) {
+    for (int base = first; base < end; base += ROUND * DEEP) {
 #pragma unroll
-        for (int i = 0; i < STAGES; i++) {
+        for (int i = 0; i < ROUND; i++) {
             const int block = base + i * DEEP;
             if (block < end) {
                 Weights& w = ring[i % AHEAD];
-                asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
-                if (HIGH == 1)
-                    __syncwarp();
-                else
-                    asm volatile("bar.sync %0, %1;" :: "r"(barrier), "n"(32 * HIGH) : "memory");
-                const int next = i + STAGES - 1;
-                if (base + next * DEEP < end)
-                    stage(to + next % STAGES * size, from + 256 * next * DEEP, left, apart,
-                          base + next * DEEP < whole);
-                asm volatile("cp.async.commit_group;");
-                steps<0>(total, group, w, place, i * size, masks);
-                steps<1>(total, group, w, place, i * size, masks);
-                steps<2>(total, group, w, place, i * size, masks);
-                steps<3>(total, group, w, place, i * size, masks);
+                if (!WHOLE && i % TOGETHER == 0) {
+                    asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+                    meet();
+#pragma unroll
+                    for (int j = 0; j < TOGETHER; j++) {
+                        const int next = i + j + STAGES - TOGETHER;
+                        if (base + next * DEEP < end)
+                            stage(to + next % ROUND * size, from + 256 * next * DEEP, left, apart,
+                                  pitch, base + next * DEEP < whole);
+                    }
+                    asm volatile("cp.async.commit_group;");
+                }
+                steps<0>(total, group, w, place, i * next_x, masks);
+                steps<1>(total, group, w, place, i * next_x, masks);
+                steps<2>(total, group, w, place, i * next_x, masks);
+                steps<3>(total, group, w, place, i * next_x, masks);
                 const int ahead = (i + AHEAD) * DEEP;
                 if (base + ahead < end) fetch(w, at, ahead, base + ahead, groups, policy);
             }
         }
-        from += 256 * STAGES * DEEP;
-        at.words += STAGES * DEEP * BLOCK_BYTES;
-        at.narrow += STAGES * DEEP * BLOCK_BYTES;
+        if (WHOLE)
+#pragma unroll
+            for (int n = 0; n < STRIPS; n++) place[n] += 256 * ROUND * DEEP;
+        else
+            from += 256 * ROUND * DEEP;
+        at.words += ROUND * DEEP * BLOCK_BYTES;
+        at.narrow += ROUND * DEEP * BLOCK_BYTES;
         if (STEADY) {
-            at.scales += 8 * PAIR_BYTES * STAGES * DEEP;
-            at.zeros += 16 * STAGES * DEEP;
+            at.scales += 8 * PAIR_BYTES * ROUND * DEEP;
+            at.zeros += 16 * ROUND * DEEP;
         }
     }
 
