@@ -80,7 +80,7 @@ def best() -> str:
 def target_bits() -> str:
     """Perplexity of one width for all, of widths chosen, and of the same at random."""
     rows = []
-    for row in load("target_bits_cpu")["rows"]:
+    for row in load("target_bits_h100")["rows"]:
         chosen = row["allocation"]["linears_of_bits"] if row["bits"] == "chosen" else {}
         counts = ", ".join(f"{count} at {bits}" for bits, count in chosen.items())
         name = {"one width": "3 bits for all", "chosen": f"chosen: {counts} bits"}
