@@ -259,6 +259,24 @@ def test_ctrl_c_ends_the_reply_and_not_the_program(start: Start, tmp_path: Path)
 
 
 @pytest.mark.slow
+def test_enter_between_two_input_lines(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends the next line, as it would have there."""
+    note = Terminal._note
+
+    def slow(terminal: Terminal, text: str) -> None:
+        note(terminal, text)
+        time.sleep(0.5)
+
+    monkeypatch.setattr(Terminal, "_note", slow)
+    program = start()
+    program.send(CTRL_C)
+    program.wait("/exit leaves")
+    program.send("/reset", ENTER)
+    program.wait("begins anew")
+    assert program.leave(CTRL_D) == 0
+
+
+@pytest.mark.slow
 def test_completion_and_history(start: Start, tmp_path: Path) -> None:
     (tmp_path / "talks").mkdir()
     (tmp_path / "talks" / "one.json").write_text("{}")

@@ -1,6 +1,6 @@
 """The chat on a terminal: an input line with history and completion, replies as they come.
 
-While a reply is drawn the terminal does not show what is typed; it is in the next input line.
+Between input lines the terminal does not show what is typed; it is in the next input line.
 Ctrl-C is then a signal whose handler ends the reply at its next token, so that nothing is left half
 done. At the input line it empties the line.
 """
@@ -130,8 +130,9 @@ class Terminal:
     def run(self) -> None:
         """Until /exit or Ctrl-D."""
         self._note(f"{self.state.model}; /help lists commands and keys")
-        # All the time, as a second Ctrl-C may come when the reply has just ended.
-        with _interrupts(self.state.session.stop):
+        # All the time, as a second Ctrl-C may come when the reply has just ended, and keys when an
+        # input line has.
+        with _interrupts(self.state.session.stop), _no_echo():
             self._loop()
 
     def _loop(self) -> None:
@@ -177,7 +178,7 @@ class Terminal:
             kind = StreamedText
         shown = None
         waiting = self.console.status(Text("reading", style="dim"))
-        with _no_echo(), closing(pieces), waiting:
+        with closing(pieces), waiting:
             for thought, answer in pieces:
                 waiting.stop()
                 for style, piece in (("dim", thought), ("none", answer)):
