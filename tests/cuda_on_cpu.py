@@ -15,11 +15,12 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+
+from salience.kernels import cuda_program
 
 COMPILER = shutil.which("g++")
 _HEADER = Path(__file__).with_name("cuda_on_cpu.h")
@@ -258,7 +259,7 @@ def _compiled(
     before: str,
     change: tuple[str, str],
 ) -> ctypes.CDLL:
-    code = before + files("salience.kernels").joinpath("cuda", source).read_text(encoding="utf-8")
+    code = before + cuda_program.text(source)
     if change[0] not in code:
         raise ValueError(f"{source} has no {change[0]!r}")
     code = code.replace(*change) if change[0] else code

@@ -2,7 +2,6 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from importlib.resources import files
 
 import pytest
 import torch
@@ -137,7 +136,7 @@ def _compile(case):
     from cuda.bindings import nvrtc
 
     source, macros, before = case
-    text = before + files("salience.kernels").joinpath("cuda", source).read_text()
+    text = before + cuda_program.text(source)
     status, program = nvrtc.nvrtcCreateProgram(text.encode(), source.encode(), 0, [], [])
     flags = [f"-D{name}={value}".encode() for name, value in (*macros, ("SM", 90))]
     flags += [b"--gpu-architecture=sm_90a", b"--std=c++17"]

@@ -7,6 +7,7 @@ make one kernel; what was compiled is kept on disk, since a kernel takes half a 
 import ctypes
 import functools
 import hashlib
+import re
 import threading
 from importlib import import_module
 from importlib.resources import files
@@ -49,6 +50,12 @@ def capability(index: int) -> int:
     return 10 * major + minor
 
 
+def text(source: str) -> str:
+    """A file of `salience/kernels/cuda`, with those that it includes."""
+    code = files("salience.kernels").joinpath("cuda", source).read_text(encoding="utf-8")
+    return re.sub(r'#include "(\S+)"', lambda found: text(found[1]), code)
+
+
 class Kernel:
     """One kernel of a source file, with its macros, for one GPU.
 
@@ -66,8 +73,7 @@ class Kernel:
         from cuda.core import Device, ObjectCode
 
         Device(index).set_current()
-        folder = files("salience.kernels").joinpath("cuda")
-        code = before + folder.joinpath(source).read_text(encoding="utf-8")
+        code = before + text(source)
         self._function = ObjectCode.from_cubin(_cubin(code, name, macros, index)).get_kernel(name)
         self._name, self._shared = name, 0
 

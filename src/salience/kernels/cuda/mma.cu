@@ -9,11 +9,9 @@
 // deeper ones leave more teams for weights of few rows.
 //
 // Unpacking must cost little, or it takes longer than the memory, whose bus has a quarter of a
-// processor wait some 330 cycles for a block of 16 rows of 4 bits. A code that lies `place` bits up
-// in its half of a word, under the exponent of 2^(10 - place), is the half-precision number
-// 2^(10 - place) + code: one mask, no conversion (bf16: 2^(7 - place)). What it is too much by,
-// that power and the zero, is one number for each place in a group, and the difference is exact.
-// One shift brings down all codes that lie too high for that. So for each group, in fp32,
+// processor wait some 330 cycles for a block of 16 rows of 4 bits. codes.cuh says how a code becomes
+// a number under the exponent of 2^(10 - place). What it is too much by, that power and the zero, is
+// one number for each place in a group. So for each group, in fp32,
 //
 //     y += scale * sum (code - zero) x
 //
@@ -33,12 +31,9 @@
 // start; SPLIT; RESIDENT thread blocks that a processor should have registers for, or 0; BF16;
 // SCALE 0 fp16, 1 bf16, 2 fp32; SM 90 for sm90.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#include "codes.cuh"
 
 constexpr int AHEAD = 2;                     // blocks of W in registers
-constexpr int LANE_WORDS = 2 * BITS;         // of a tile and a block
 constexpr int TILE_WORDS = 32 * LANE_WORDS;  // of all lanes
 constexpr int FOURS = LANE_WORDS / 4;
 constexpr int STRIPS = TOKENS / 8;
@@ -55,10 +50,6 @@ struct Weights {
     u32 scales[TILES][SUBS][SCALE == 2 ? 2 : 1];  // of rows g and g + 8
     u16 zeros[TILES][SUBS];
 };
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
-}
 
 // A value that the assembler keeps in a register, where it would make it anew at each use.
 __device__ __forceinline__ u32 kept(u32 value) {
@@ -116,20 +107,6 @@ __device__ __forceinline__ void fetch(Weights& w, const Places& at, int ahead, i
     }
 }
 
-constexpr int TOP = BF16 ? 7 : 10;         // bits of the mantissa
-constexpr bool BYTES = BF16 && BITS == 8;  // 255 does not fit under an exponent
-constexpr int TURN = BITS == 3 ? 9 : 8;    // bits to shift a word by, for its upper codes
-
-// Where codes lie when they are masked: 0, BITS, ...
-constexpr int PLACES = TOP / BITS == 0 ? 1 : TOP < TURN ? TOP / BITS : TURN / BITS;
-
-// The exponent of 2^(TOP - place), in both halves
-__device__ constexpr u32 exponent(int place) {
-    return ((BF16 ? 127 : 15) + TOP - place << TOP) * 0x00010001u;
-}
-
-__device__ constexpr int shift_of(int at) { return at % TURN + BITS <= TOP ? at - at % TURN : at; }
-
 __device__ __forceinline__ u32 less(u32 a, u32 b) {  // a - b, of both halves
     u32 result;
     if constexpr (BF16)  // sm80 has no other of bf16
@@ -144,10 +121,9 @@ template <int HALF, int PLACE>
 __device__ __forceinline__ u32 excess(u32 zeros) {
     const u32 zero = __byte_perm(zeros, 0, HALF ? 0x4141 : 0x4040);
     if constexpr (PLACE == 0) {
-        return zero | exponent(0);
-    } else {  // 2^TOP - 2^(TOP - PLACE) less, which is exact
-        constexpr u32 mantissa = (1 << TOP) - (2 << TOP - PLACE);
-        return less(excess<HALF, 0>(zeros), exponent(1) | mantissa * 0x00010001u);
+        return zero | power2(TOP);
+    } else {
+        return less(excess<HALF, 0>(zeros), power2_less(PLACE));
     }
 }
 
@@ -156,31 +132,20 @@ template <int PAIR>
 __device__ __forceinline__ u32 codes(const u32* words, u32 zeros, const u32 (&masks)[PLACES]) {
     constexpr int half = PAIR & 1;
     if constexpr (BITS == 3 && PAIR >= 30) {
-        constexpr int first = 3 * (PAIR - 30);
-        return less((words[first] >> 15 & 0x00010001u) | (words[first + 1] >> 14 & 0x00020002u) |
-                        (words[first + 2] >> 13 & 0x00040004u) | exponent(0),
-                    excess<half, 0>(zeros));
-    } else if constexpr (BYTES) {  // under the exponent of 2^23 in fp32
-        float part[2];
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const u32 code = __byte_perm(words[PAIR / 2], 0x4B000000, 0x7650 + 2 * i + PAIR % 2);
-            const u32 zero = __byte_perm(zeros, 0x4B000000, 0x7650 + half);
-            part[i] = __uint_as_float(code) - __uint_as_float(zero);
-        }
-        u32 result;
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(part[1]), "f"(part[0]));
-        return result;
+        return less(scattered(words, PAIR) | power2(TOP), excess<half, 0>(zeros));
+    } else if constexpr (BYTES) {
+        const float zero = widened(zeros, half);
+        return pack2(widened(words[PAIR / 2], PAIR % 2) - zero,
+                     widened(words[PAIR / 2], PAIR % 2 + 2) - zero);
     } else if constexpr (BITS == 8) {
-        return less(__byte_perm(words[PAIR / 2], exponent(0), PAIR % 2 ? 0x7371 : 0x7270),
+        return less(__byte_perm(words[PAIR / 2], power2(TOP), PAIR % 2 ? 0x7371 : 0x7270),
                     excess<half, 0>(zeros));
     } else {
-        constexpr int each = BITS == 3 ? 5 : 16 / BITS, at = BITS * (PAIR % each);
-        constexpr int shift = shift_of(at), place = at - shift;
+        constexpr int at = BITS * (PAIR % EACH), shift = shift_of(at), place = at - shift;
         u32 result;  // (word & mask) | exponent
         asm("lop3.b32 %0, %1, %2, %3, 0xEA;"
             : "=r"(result)
-            : "r"(words[PAIR / each] >> shift), "r"(masks[place / BITS]), "n"(exponent(place)));
+            : "r"(words[PAIR / EACH] >> shift), "r"(masks[place / BITS]), "n"(power2(TOP - place)));
         return less(result, excess<half, place>(zeros));
     }
 }
@@ -198,26 +163,13 @@ __device__ __forceinline__ void multiply(float (&d)[4], const u32 (&a)[4], u32 b
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ void scale_of(float (&scale)[2], const u32* stored) {
-    if constexpr (SCALE == 2) {
-        scale[0] = __uint_as_float(stored[0]);
-        scale[1] = __uint_as_float(stored[SCALE == 2 ? 1 : 0]);
-    } else if constexpr (SCALE == 1) {
-        scale[0] = __uint_as_float(stored[0] << 16);
-        scale[1] = __uint_as_float(stored[0] & 0xFFFF0000);
-    } else {
-        asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
-            : "=f"(scale[0]), "=f"(scale[1]) : "r"(stored[0]));
-    }
-}
-
 typedef float Sums[TILES][STRIPS][4];
 
 template <int STEP>
 __device__ __forceinline__ void step(Sums& total, Sums& group, const Weights& w,
                                      const u32 (&x)[STRIPS][4], const u32 (&masks)[PLACES]) {
-    constexpr int EACH = 8 / SUBS;  // steps to a group
-    if (STEP % EACH == 0)
+    constexpr int STEPS = 8 / SUBS;  // to a group
+    if (STEP % STEPS == 0)
 #pragma unroll
         for (int i = 0; i < TILES; i++)
 #pragma unroll
@@ -226,7 +178,7 @@ __device__ __forceinline__ void step(Sums& total, Sums& group, const Weights& w,
                 for (int c = 0; c < 4; c++) group[i][n][c] = 0;
 #pragma unroll
     for (int i = 0; i < TILES; i++) {
-        const u32 zeros = w.zeros[i][STEP / EACH];
+        const u32 zeros = w.zeros[i][STEP / STEPS];
         const u32 a[4] = {codes<4 * STEP>(w.words[i], zeros, masks),
                           codes<4 * STEP + 1>(w.words[i], zeros, masks),
                           codes<4 * STEP + 2>(w.words[i], zeros, masks),
@@ -234,9 +186,10 @@ __device__ __forceinline__ void step(Sums& total, Sums& group, const Weights& w,
 #pragma unroll
         for (int n = 0; n < STRIPS; n++)
             multiply(group[i][n], a, x[n][2 * (STEP % 2)], x[n][2 * (STEP % 2) + 1]);
-        if (STEP % EACH == EACH - 1) {
+        if (STEP % STEPS == STEPS - 1) {
             float scale[2];
-            scale_of(scale, w.scales[i][STEP / EACH]);
+            const u32* stored = w.scales[i][STEP / STEPS];
+            scales_of(scale, stored[0], stored[SCALE == 2 ? 1 : 0]);
 #pragma unroll
             for (int n = 0; n < STRIPS; n++)
 #pragma unroll
@@ -378,7 +331,7 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
     u32 masks[PLACES];
 #pragma unroll
     for (int i = 0; i < PLACES; i++)
-        masks[i] = kept(((1u << BITS) - 1 << i * BITS) * 0x00010001u | none);
+        masks[i] = kept(mask_of(i * BITS) | none);
     Sums total = {}, group;
     for (int base = first; base < end; base += ROUND * DEEP) {
 #pragma unroll

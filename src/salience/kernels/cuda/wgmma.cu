@@ -21,7 +21,8 @@
 //   RESIDENT        blocks that a processor should hold at once
 //   STREAM          1 if the weight is read once, and need not stay in the L2
 
-typedef unsigned long long u64;
+#include "codes.cuh"
+
 struct alignas(64) TensorMap { u64 opaque[16]; };
 
 constexpr int ROWS = 64 * WARPGROUPS * ROW_TILES;
@@ -31,9 +32,7 @@ constexpr int HALF_STAGE = TOKENS * 128;  // bytes: 64 columns
 constexpr int STAGE = 2 * HALF_STAGE;
 constexpr int PITCH = ROWS + 4;  // of the sums in shared memory: no two lanes on one bank
 constexpr int SUMS = TOKENS * PITCH * 4;  // bytes
-constexpr int WORDS = 2 * BITS;  // of a lane and block
 constexpr int SCALES = GROUP < 128 ? 128 / GROUP : 1;  // groups in a block
-constexpr int MANTISSA = BF16 ? 7 : 10;
 
 // Registers of a thread come in eights. All start with the same; then the producers keep 40.
 constexpr int EVEN = 65536 / (THREADS * RESIDENT) / 8 * 8;
@@ -47,12 +46,6 @@ static_assert(STAGES >= 2, "a stage is free only when the next is in use");
 static_assert(BUFFERS == 2 || BUFFERS == 4, "eight steps take the buffers in turn");
 
 // ---- arithmetic on two halves of a register ------------------------------------------------
-
-#if BF16
-#define HALF2 "bf16x2"
-#else
-#define HALF2 "f16x2"
-#endif
 
 __device__ unsigned add2(unsigned a, unsigned b) {
   unsigned d;
@@ -72,56 +65,21 @@ __device__ unsigned fma2(unsigned a, unsigned b, unsigned c) {
   return d;
 }
 
-__device__ unsigned pack2(float low, float high) {
-  unsigned d;
-  asm("cvt.rn." HALF2 ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-
-// 2^power in both halves
-__device__ constexpr unsigned power2(int power) {
-  return 0x10001u * ((BF16 ? 127 + power : 15 + power) << MANTISSA);
-}
-
 // ---- unpacking -----------------------------------------------------------------------------
 
-// A code is put under the exponent of 2^MANTISSA, so that the number is 2^MANTISSA + code, or,
-// where it lies `place` bits up, 2^MANTISSA + code 2^place. Then code - zero is exact, and times
-// the scale is rounded once.
-
-constexpr int TURN = BITS == 3 ? 9 : 8;  // bits to shift a word by, for its upper codes
-
-__device__ constexpr int shift_of(int at) {
-  return at % TURN + BITS <= MANTISSA ? at - at % TURN : at;
-}
-
-// Where codes lie when they are masked: 0, BITS, ...
-constexpr int MOST_PLACES = MANTISSA / BITS < 1 ? 1 : MANTISSA / BITS;
-constexpr int PLACES = MOST_PLACES < (TURN + BITS - 1) / BITS ? MOST_PLACES : (TURN + BITS - 1) / BITS;
-
-__device__ constexpr unsigned mask_of(int place) {
-  return 0x10001u * (((1u << BITS) - 1) << place);
-}
+// A code is 2^TOP + code, or, where it lies `place` bits up, 2^TOP + 2^place code; code - zero is
+// exact, and times the scale is rounded once.
 
 struct Group {  // of the rows g and g + 8: what their codes need
   unsigned scale[2];  // twice
-  unsigned zero[2];   // -(2^MANTISSA + zero), twice
+  unsigned zero[2];   // -(2^TOP + zero), twice
   float scale32[2], zero32[2];
 };
 
 __device__ Group group_of(unsigned low, unsigned high, unsigned zeros) {
   Group group;
   float s[2];
-#if SCALE == 2
-  s[0] = __uint_as_float(low);
-  s[1] = __uint_as_float(high);
-#elif SCALE == 1
-  s[0] = __uint_as_float(low << 16);
-  s[1] = __uint_as_float(low & 0xffff0000u);
-#else
-  asm("{.reg .f16 a, b; mov.b32 {a, b}, %2; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b;}"
-      : "=f"(s[0]), "=f"(s[1]) : "r"(low));
-#endif
+  scales_of(s, low, high);
 #pragma unroll
   for (int h = 0; h < 2; h++) {
     if (SCALE == BF16)
@@ -129,7 +87,7 @@ __device__ Group group_of(unsigned low, unsigned high, unsigned zeros) {
     else
       group.scale[h] = pack2(s[h], s[h]);
     unsigned zero = (zeros >> (8 * h)) & 255;
-    group.zero[h] = zero * 0x10001u | power2(MANTISSA) | 0x80008000u;
+    group.zero[h] = zero * 0x10001u | power2(TOP) | 0x80008000u;
     group.scale32[h] = s[h];
     group.zero32[h] = 8388608.f + float(zero);
   }
@@ -137,39 +95,28 @@ __device__ Group group_of(unsigned low, unsigned high, unsigned zeros) {
 }
 
 // The pair of codes `pair` (0 to 31) of a lane's words, rows h of the group
-__device__ unsigned unpack(const unsigned (&words)[WORDS], int pair, int h, const Group& group,
+__device__ unsigned unpack(const unsigned (&words)[LANE_WORDS], int pair, int h, const Group& group,
                            const unsigned (&masks)[PLACES]) {
 #if BITS == 3
   if (pair >= 30) {
-    int first = 3 * (pair - 30);
-    unsigned code = ((words[first] >> 15) & 0x00010001u) |
-                    ((words[first + 1] >> 14) & 0x00020002u) |
-                    ((words[first + 2] >> 13) & 0x00040004u);
-    return multiply2(add2(code | power2(MANTISSA), group.zero[h]), group.scale[h]);
+    unsigned code = scattered(words, pair) | power2(TOP);
+    return multiply2(add2(code, group.zero[h]), group.scale[h]);
   }
-  constexpr int EACH = 5;
-#else
-  constexpr int EACH = 16 / BITS;
 #endif
   unsigned word = words[pair / EACH];
   int at = pair % EACH * BITS;
-#if BITS == 8 && BF16
-  // Seven bits of mantissa do not hold eight: under the exponent of 2^23 in fp32 instead
-  float low = __uint_as_float(__byte_perm(word, 0x4b000000u, at ? 0x7651 : 0x7650));
-  float high = __uint_as_float(__byte_perm(word, 0x4b000000u, at ? 0x7653 : 0x7652));
+#if BITS == 8 && BF16  // BYTES
+  float low = widened(word, at ? 1 : 0), high = widened(word, at ? 3 : 2);
   return pack2((low - group.zero32[h]) * group.scale32[h],
                (high - group.zero32[h]) * group.scale32[h]);
 #elif BITS == 8
-  unsigned code = __byte_perm(word, power2(MANTISSA), at ? 0x7371 : 0x7270);
+  unsigned code = __byte_perm(word, power2(TOP), at ? 0x7371 : 0x7270);
   return multiply2(add2(code, group.zero[h]), group.scale[h]);
 #else
   int shift = shift_of(at), place = at - shift;
-  unsigned code = ((word >> shift) & masks[place / BITS]) | power2(MANTISSA);
+  unsigned code = ((word >> shift) & masks[place / BITS]) | power2(TOP);
   if (place == 0) return multiply2(add2(code, group.zero[h]), group.scale[h]);
-  // 2^MANTISSA - 2^(MANTISSA - place) is exact, and so is the sum
-  constexpr int ALL = (1 << MANTISSA) - 1;
-  unsigned less = power2(MANTISSA - 1) + 0x10001u * ((ALL + 1 - (2 << (MANTISSA - place))) & ALL);
-  unsigned zero = add2(group.zero[h], less);
+  unsigned zero = add2(group.zero[h], power2_less(place));
   return multiply2(fma2(code, power2(-place), zero), group.scale[h]);
 #endif
 }
@@ -177,7 +124,7 @@ __device__ unsigned unpack(const unsigned (&words)[WORDS], int pair, int h, cons
 // ---- loads of the weight -------------------------------------------------------------------
 
 struct Block {  // what a lane needs of a tile and a block of 128 columns
-  unsigned words[WORDS];
+  unsigned words[LANE_WORDS];
   unsigned low[SCALES], high[SCALES];  // scales: two of 16 bits in `low`, or one of 32 in each
   unsigned zeros[SCALES];
 };
@@ -234,7 +181,7 @@ struct Weight {  // where a lane finds its part of a tile
   __device__ void load(Block& to, int block, int groups, u64 policy, int real) const {
     const unsigned* from = words + size_t(block) * (64 * BITS);
 #pragma unroll
-    for (int i = 0; i < WORDS / 4; i++) load4(to.words + 4 * i, from + 128 * i, policy, real);
+    for (int i = 0; i < LANE_WORDS / 4; i++) load4(to.words + 4 * i, from + 128 * i, policy, real);
 #if BITS == 3
     int lane = threadIdx.x % 32;  // `words` is 4 lane words in, the last two are at 128 + 2 lane
     load2(to.words + 4, from + 128 - 2 * lane, policy, real);
@@ -250,8 +197,6 @@ struct Weight {  // where a lane finds its part of a tile
 };
 
 // ---- barriers and copies -------------------------------------------------------------------
-
-__device__ unsigned shared_address(const void* p) { return unsigned(__cvta_generic_to_shared(p)); }
 
 __device__ void barrier_init(unsigned barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
@@ -474,8 +419,8 @@ multiply(const __grid_constant__ TensorMap x, const unsigned* words, const char*
 #endif
 
     constexpr int MINE = TOKENS / SPLIT;  // tokens that this block adds up, of all that split
-    constexpr int QUADS = ROWS / 4, TOTAL = MINE * QUADS, EACH = (TOTAL + CONSUMERS - 1) / CONSUMERS;
-    constexpr int BATCH = EACH < 4 ? EACH : 4;  // loads on their way
+    constexpr int QUADS = ROWS / 4, TOTAL = MINE * QUADS, LOADS = (TOTAL + CONSUMERS - 1) / CONSUMERS;
+    constexpr int BATCH = LOADS < 4 ? LOADS : 4;  // loads on their way
     for (int first = threadIdx.x; first < TOTAL; first += BATCH * CONSUMERS) {
       float4 found[BATCH];
 #pragma unroll

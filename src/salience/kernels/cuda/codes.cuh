@@ -1,0 +1,76 @@
+// Codes of BITS bits as they lie in a lane's words (_fragments.py), and the numbers of half precision
+// that they become: fp16, or bf16 where BF16 is 1. What mma.cu and wgmma.cu have in common.
+//
+// A code is put under an exponent: one mask, no conversion. Under that of 2^TOP, TOP the bits of the
+// mantissa, it becomes 2^TOP + code where it lies at the end of its half of a word. Where it lies
+// `place` bits up, it becomes 2^TOP + 2^place code, or, under the exponent of 2^(TOP - place),
+// 2^(TOP - place) + code. One shift brings down all codes that lie too high for that. All these
+// numbers are exact, and so are their differences from the same number of the zero.
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+#if BF16
+#define HALF2 "bf16x2"
+#else
+#define HALF2 "f16x2"
+#endif
+
+constexpr int LANE_WORDS = 2 * BITS;             // of a tile and a block of 128 columns
+constexpr int TOP = BF16 ? 7 : 10;               // bits of the mantissa
+constexpr bool BYTES = BF16 && BITS == 8;        // 255 does not fit under an exponent
+constexpr int EACH = BITS == 3 ? 5 : 16 / BITS;  // pairs of codes in a word, one in each half
+constexpr int TURN = BITS == 3 ? 9 : 8;          // bits to shift a word by, for its upper codes
+
+// Where codes lie when they are masked: 0, BITS, ...
+constexpr int PLACES = TOP / BITS == 0 ? 1 : TOP < TURN ? TOP / BITS : TURN / BITS;
+
+__device__ constexpr int shift_of(int at) { return at % TURN + BITS <= TOP ? at - at % TURN : at; }
+
+__device__ constexpr u32 mask_of(int place) { return ((1u << BITS) - 1 << place) * 0x00010001u; }
+
+// 2^power, in both halves
+__device__ constexpr u32 power2(int power) {
+    return ((BF16 ? 127 : 15) + power << TOP) * 0x00010001u;
+}
+
+// 2^TOP - 2^(TOP - place), in both halves
+__device__ constexpr u32 power2_less(int place) {
+    return power2(TOP - 1) | ((1 << TOP) - (2 << TOP - place)) * 0x00010001u;
+}
+
+// Pairs 30 and 31 of three bits: each is in what five codes leave of three words.
+__device__ __forceinline__ u32 scattered(const u32* words, int pair) {
+    const u32* from = words + 3 * (pair - 30);
+    return from[0] >> 15 & 0x00010001u | from[1] >> 14 & 0x00020002u | from[2] >> 13 & 0x00040004u;
+}
+
+// 2^23 and a byte of a word, in fp32
+__device__ __forceinline__ float widened(u32 word, int byte) {
+    return __uint_as_float(__byte_perm(word, 0x4B000000, 0x7650 + byte));
+}
+
+__device__ __forceinline__ u32 pack2(float low, float high) {
+    u32 both;
+    asm("cvt.rn." HALF2 ".f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+}
+
+// Scales of rows g and g + 8, as they are stored: of 16 bits in `low`, of 32 in each
+__device__ __forceinline__ void scales_of(float (&scale)[2], u32 low, u32 high) {
+#if SCALE == 2
+    scale[0] = __uint_as_float(low);
+    scale[1] = __uint_as_float(high);
+#elif SCALE == 1
+    scale[0] = __uint_as_float(low << 16);
+    scale[1] = __uint_as_float(low & 0xFFFF0000);
+#else
+    asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
+        : "=f"(scale[0]), "=f"(scale[1]) : "r"(low));
+#endif
+}
+
+__device__ __forceinline__ u32 shared_address(const void* pointer) {
+    return static_cast<u32>(__cvta_generic_to_shared(pointer));
+}
