@@ -73,13 +73,14 @@ def engine(model: Any, prompt: list[int], fast: bool) -> Generate:
     return generate
 
 
-def llama_cpp(folder: Path, file: Path, count: int, rounds: int) -> float:
-    """Tokens a second after the first by llama.cpp, the best of some rounds."""
+def llama_cpp(folder: Path, file: Path, count: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second after the first by llama.cpp, the best of some rounds, and its release."""
     numbers = (count, rounds, torch.get_num_threads())
     script = Path(__file__).with_name("decode_llama_cpp.mjs").resolve()
     command = ["node", str(script), str(file), PROMPT, *map(str, numbers)]
     done = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE)
-    return float(json.loads(done.stdout)["tokens_per_second"])
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
 
 
 def speed(generate: Generate, count: int) -> float:
@@ -127,11 +128,13 @@ def main() -> None:
         "float": engine(merged_dense, prompt, True),
     }
     tokens = {name: generate(32) for name, generate in ways.items()}  # also warms up
-    rounds = []
+    rounds, peers = [], {}
     for _ in range(args.rounds):
         found = {name: speed(generate, args.tokens) for name, generate in ways.items()}
         if args.llama:
-            found["llama.cpp"] = llama_cpp(args.llama, Path(source.path), args.tokens, 2)
+            theirs = llama_cpp(args.llama, Path(source.path), args.tokens, 2)
+            found["llama.cpp"] = theirs["tokens_per_second"]
+            peers["llama.cpp"] = theirs["llama_cpp"]
         rounds.append(found)
     best = {name: max(each[name] for each in rounds) for name in rounds[0]}
     agree = {}
@@ -151,6 +154,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "model": args.model,
             "scheme": args.scheme,
+            "peers": peers,
             "tokens_per_second": best,
             "agree": agree,
             "optimized_over": ratios,
