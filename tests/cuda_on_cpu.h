@@ -318,11 +318,7 @@ inline void mul_rn_HALF2(u32& d, u32 a, u32 b) { d = gpu::of_both<gpu::Half>(tim
 inline void fma_rn_HALF2(u32& d, u32 a, u32 b, u32 c) { d = gpu::of_both<gpu::Half>(fused, a, b, c); }
 template <class H>
 inline void pack(u32& d, float high, float low) { d = H::to(low) | static_cast<u32>(H::to(high)) << 16; }
-inline void cvt_rn_bf16x2_f32(u32& d, float high, float low) { pack<gpu::Bf16>(d, high, low); }
 inline void cvt_rn_HALF2_f32(u32& d, float high, float low) { pack<gpu::Half>(d, high, low); }
-inline void cvt_rn_HALFx2_f32(u32& d, float high, float low) { pack<gpu::Half>(d, high, low); }
-inline void cvt_rn_bf16_f32(u16& d, float f) { d = gpu::to_bf16(f); }
-inline void cvt_rn_f16_f32(u16& d, float f) { d = gpu::to_f16(f); }
 inline void cvt_f32_f16(float& d, u16 h) { d = gpu::of_f16(h); }
 inline void two_halves(float& low, float& high, u32 both) { low = gpu::of_f16(both), high = gpu::of_f16(both >> 16); }
 inline void ex2_approx_ftz_f32(float& d, float x) { d = std::exp2(x); }

@@ -3,7 +3,6 @@
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from importlib.resources import files
 from types import SimpleNamespace
 
 import pytest
@@ -149,7 +148,7 @@ def test_shared_memory_is_there(warps, monkeypatch):
 def _compile(macros):
     from cuda.bindings import nvrtc
 
-    text = files("salience.kernels").joinpath("cuda", "attention.cu").read_text()
+    text = cuda_program.text("attention.cu")
     status, program = nvrtc.nvrtcCreateProgram(text.encode(), b"attention.cu", 0, [], [])
     flags = [f"-D{name}={value}".encode() for name, value in (*macros, ("SM", 90))]
     flags += [b"--gpu-architecture=sm_90a", b"--std=c++17", b"--ptxas-options=-warn-spills"]

@@ -96,7 +96,9 @@ def test_bits(
         ((4, 256, 80, 768, 20), Few(16, 1, 2, 1, 2, 4), FP16),
         ((3, -1, 80, 328, 20), Few(8, 4, 1, 2, 4, 1), FP16),
         ((3, 384, 33, 800, 1), Few(8, 1, 3, 2, 0, 2), FP16),
+        ((2, 32, 65, 96, 5), Few(8, 1, 1, 2, 2, 1), FP16),
         ((4, 128, 130, 640, 33), Few(24, 2, 2, 1, 2, 2), FP16),
+        ((8, 64, 40, 72, 2), None, FP32),
         ((2, 32, 64, 400, 4), Few(8, 1, 1, 16, 0, 1), FP16),
         ((4, -1, 33, 1000, 17), None, FP16),
     ],
@@ -128,8 +130,10 @@ def test_groups_and_shapes(
             True,
             Few(16, 1, 2, 2, 2, 2),
         ),
+        (("0x00040004u", "0x00040000u"), True, Few(16, 1, 2, 2, 2, 2)),
+        (("zero | power2(TOP)", "power2(TOP)"), True, Few(16, 1, 2, 2, 2, 2)),
     ],
-    ids=["wait", "wait for two", "buffer", "meet", "group"],
+    ids=["wait", "wait for two", "buffer", "meet", "group", "bit", "zero"],
 )
 def test_a_fault_is_seen(
     change: tuple[str, str],
@@ -188,10 +192,12 @@ def test_shapes_of_wgmma(
     "change",
     [
         ("wgmma_wait<BUFFERS - 1>();", "wgmma_wait<BUFFERS>();"),
+        ("j == BUFFERS - 2 &&", "j == 0 && done == -1 &&"),
         ("barrier_wait(full + 8 * stage, phase);", ""),
         ("if (++stage == STAGES) stage = 0, phase ^= 1;\n      }\n    }\n  } else {", "}}} else {"),
+        ("rank * MINE + i / QUADS, row", "i / QUADS, row"),
     ],
-    ids=["operands", "full", "ring"],
+    ids=["operands", "free", "full", "ring", "share"],
 )
 def test_a_fault_of_wgmma_is_seen(
     change: tuple[str, str], kernels: Path, monkeypatch: pytest.MonkeyPatch

@@ -23,7 +23,6 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -31,7 +30,7 @@ from torch import Tensor
 
 from salience.errors import StorageError
 from salience.kernels._fragments import BLOCK, ROWS, TILE
-from salience.machine import cache_folder
+from salience.machine import cache_folder, matmul_flops
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
 _OTHER_GROUP = 1.0  # as far as twice the columns
@@ -238,13 +237,9 @@ def _random_weights(shape: Shape, device: torch.device) -> list[list[Tensor]]:
     return [[tensor.clone() for tensor in made] for _ in range(count)]
 
 
-def warm_up(device: torch.device, seconds: float = 0.5) -> None:
+def warm_up(device: torch.device) -> None:
     """Keep a GPU busy until its clock is up, or what is timed first takes up to a fifth longer."""
-    x = torch.zeros(4096, 4096, device=device, dtype=torch.float16)
-    end = perf_counter() + seconds
-    while perf_counter() < end:
-        torch.mm(x, x)
-        torch.cuda.synchronize(device)
+    matmul_flops(device, 4096, seconds=0.5)
 
 
 def microseconds(calls: Sequence[Callable[[], Tensor]]) -> float:

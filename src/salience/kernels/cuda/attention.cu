@@ -26,9 +26,7 @@
 // 2; WARPS; SPLITS 1, 2, 4, 8; BF16; SOFTCAP 0, 1; SINKS 0 none, 1 fp16, 2 bf16, 3 fp32;
 // POSITION_BYTES 4, 8.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
+#include "common.cuh"
 
 constexpr int TILE = 16;  // keys
 constexpr int THREADS = 32 * WARPS;
@@ -104,12 +102,6 @@ __device__ __forceinline__ void multiply(float (&d)[4], u32 a0, u32 a1, u32 a2, 
         : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-__device__ __forceinline__ u32 pack(float low, float high) {
-    u32 result;
-    asm("cvt.rn." HALF "x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-    return result;
-}
-
 __device__ __forceinline__ float power2(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
@@ -144,31 +136,27 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ u32 address(const void* place) {
-    return static_cast<u32>(__cvta_generic_to_shared(place));
-}
-
 // The same place in the shared memory of another block of the cluster
 __device__ __forceinline__ u32 there(const void* place, int rank) {
     u32 found;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(address(place)), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(found) : "r"(shared_address(place)), "r"(rank));
     return found;
 }
 
 __device__ __forceinline__ void barrier_init(u64* barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(address(barrier)) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(shared_address(barrier)) : "memory");
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
 __device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 :: "r"(address(barrier)), "r"(bytes) : "memory");
+                 :: "r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void barrier_wait(u64* barrier) {
     asm volatile("{.reg .pred done;\n"
                  "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], 0;\n"
-                 "@!done bra again;}" :: "r"(address(barrier)) : "memory");
+                 "@!done bra again;}" :: "r"(shared_address(barrier)) : "memory");
 }
 
 __device__ __forceinline__ void send(float4* place, int rank, float4 x, u64* barrier) {
@@ -395,8 +383,8 @@ attend(const u16* q, const u16* k, const u16* v, const char* positions, const ch
 #pragma unroll
             for (int i = 0; i < 4; i++) x[i] = power2(x[i] - higher);
             total[h] = total[h] * shrink[h] + ((x[0] + x[1]) + (x[2] + x[3]));
-            weights[h][0] = pack(x[0], x[1]);
-            weights[h][1] = pack(x[2], x[3]);
+            weights[h][0] = pack2(x[0], x[1]);
+            weights[h][1] = pack2(x[2], x[3]);
         }
 #pragma unroll
         for (int h = 0; h < HIGH; h++) {  // the sums of a lane are of heads 2 t and 2 t + 1
@@ -468,7 +456,7 @@ attend(const u16* q, const u16* k, const u16* v, const char* positions, const ch
         const float inverse = sum.y == 0 ? 0 : factor / sum.y;  // of no key at all: 0
         const long long head_row = row * kv_heads * GROUP + first_head + head;
         *reinterpret_cast<uint2*>(out + head_row * VALUES + 4 * quad) =
-            make_uint2(pack(x.x * inverse, x.y * inverse), pack(x.z * inverse, x.w * inverse));
+            make_uint2(pack2(x.x * inverse, x.y * inverse), pack2(x.z * inverse, x.w * inverse));
     };
 
 #if SPLITS > 1

@@ -7,15 +7,7 @@
 // 2^(TOP - place) + code. One shift brings down all codes that lie too high for that. All these
 // numbers are exact, and so are their differences from the same number of the zero.
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
-#if BF16
-#define HALF2 "bf16x2"
-#else
-#define HALF2 "f16x2"
-#endif
+#include "common.cuh"
 
 constexpr int LANE_WORDS = 2 * BITS;             // of a tile and a block of 128 columns
 constexpr int TOP = BF16 ? 7 : 10;               // bits of the mantissa
@@ -51,12 +43,6 @@ __device__ __forceinline__ float widened(u32 word, int byte) {
     return __uint_as_float(__byte_perm(word, 0x4B000000, 0x7650 + byte));
 }
 
-__device__ __forceinline__ u32 pack2(float low, float high) {
-    u32 both;
-    asm("cvt.rn." HALF2 ".f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
 // Scales of rows g and g + 8, as they are stored: of 16 bits in `low`, of 32 in each
 __device__ __forceinline__ void scales_of(float (&scale)[2], u32 low, u32 high) {
 #if SCALE == 2
@@ -69,8 +55,4 @@ __device__ __forceinline__ void scales_of(float (&scale)[2], u32 low, u32 high) 
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.f32.f16 %0, l; cvt.f32.f16 %1, h;}"
         : "=f"(scale[0]), "=f"(scale[1]) : "r"(low));
 #endif
-}
-
-__device__ __forceinline__ u32 shared_address(const void* pointer) {
-    return static_cast<u32>(__cvta_generic_to_shared(pointer));
 }

@@ -228,15 +228,6 @@ __device__ __forceinline__ void add(float4& to, const float4& more) {
     to.x += more.x, to.y += more.y, to.z += more.z, to.w += more.w;
 }
 
-__device__ __forceinline__ u32 rounded(float value) {
-    u16 result;
-    if constexpr (BF16)
-        asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(result) : "f"(value));
-    else
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(result) : "f"(value));
-    return result;
-}
-
 // Grid (SPLIT, row blocks, strips of TOKENS tokens); x [tokens, columns] with rows `stride` apart,
 // y [tokens, out].
 extern "C" __global__ void
@@ -436,8 +427,8 @@ mma(const char* x, const char* words, const char* scales, const char* zeros, u16
 #endif
         const int token = i / FOURS_HIGH, row = start + i % FOURS_HIGH * 4;
         u16* to = y + static_cast<u64>(first_token + token) * out + row;
-        const u32 low = rounded(sum.x) | rounded(sum.y) << 16;
-        const u32 high = rounded(sum.z) | rounded(sum.w) << 16;
+        const u32 low = pack2(sum.x, sum.y);
+        const u32 high = pack2(sum.z, sum.w);
         if (row + 4 <= out && out % 4 == 0) {
             *reinterpret_cast<uint2*>(to) = make_uint2(low, high);
         } else {
