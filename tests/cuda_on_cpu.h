@@ -284,6 +284,11 @@ inline void load4_if(u32& a, u32& b, u32& c, u32& d, const void* from, u64, int 
 inline void load2_if(u32& a, u32& b, const void* from, u64, int real) { if (real) gpu::load(from, a, b); }
 inline void load_pair_if(u32& a, u32& b, const void* from, int real) { if (real) gpu::load(from, a, b); }
 inline void load_word_if(u32& a, const void* from, int real) { if (real) gpu::load(from, a); }
+inline void load_short(u32& a, const void* from) {
+    u16 found;
+    gpu::load(from, found);
+    a = found;
+}
 inline void load_short_if(u32& a, const void* from, int real) {
     u16 found = static_cast<u16>(a);
     if (real) gpu::load(from, found);
@@ -306,6 +311,8 @@ inline void lop3_b32(u32& d, u32 a, u32 b, u32 c, int table) {
     for (int i = 0; i < 32; i++)
         d |= static_cast<u32>(table >> ((a >> i & 1) * 4 + (b >> i & 1) * 2 + (c >> i & 1)) & 1) << i;
 }
+
+inline void mul_lo_u32(u32& d, u32 a, u32 b) { d = a * b; }
 
 inline float plus(float a, float b) { return a + b; }
 inline float minus(float a, float b) { return a - b; }

@@ -29,6 +29,7 @@ _HEADER = Path(__file__).with_name("cuda_on_cpu.h")
 _NAMES = {
     r"ld\.global\.nc\S*\.v4\.u32": "load4",
     r"ld\.global\.nc\S*\.v2\.u32": "load2",
+    r"ld\.global\.nc\.u16": "load_short",
     r"ld\.global\.L1\S*\.v4\.u32": "load4_from",
     r"ld\.global\.L1\S*\.v2\.u32": "load2_from",
     r"ld\.global\.L1\S*\.u32": "load1_from",

@@ -32,10 +32,40 @@ __device__ constexpr u32 power2_less(int place) {
     return power2(TOP - 1) | ((1 << TOP) - (2 << TOP - place)) * 0x00010001u;
 }
 
-// Pairs 30 and 31 of three bits: each is in what five codes leave of three words.
-__device__ __forceinline__ u32 scattered(const u32* words, int pair) {
-    const u32* from = words + 3 * (pair - 30);
-    return from[0] >> 15 & 0x00010001u | from[1] >> 14 & 0x00020002u | from[2] >> 13 & 0x00040004u;
+// Pairs 30 and 31 of three bits: each is in what five codes leave of three words, a bit at the end of
+// each half. They are put together where the words' one shift brings the first; the others go one and
+// two bits up by a multiplication, as shifts and logic, of which there is most, take turns.
+constexpr int GATHERED = BF16 ? 3 : 6;  // their place
+
+__device__ __forceinline__ u32 times(u32 a, u32 factor) {
+    u32 result;  // not a shift, which it would become if the compiler saw it
+    asm("mul.lo.u32 %0, %1, %2;" : "=r"(result) : "r"(a), "r"(factor));
+    return result;
+}
+
+__device__ __forceinline__ u32 choose(u32 a, u32 b, u32 mask) {  // a where the mask is 1, else b
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(result) : "r"(a), "r"(b), "r"(mask));
+    return result;
+}
+
+__device__ __forceinline__ u32 gathered(const u32* words) {
+    constexpr int down = 15 - GATHERED;
+    const u32 two = choose(words[0] >> down, times(words[1] >> down, 2), 0x00010001u << GATHERED);
+    return choose(two, times(words[2] >> down, 4), 0x00030003u << GATHERED);
+}
+
+// The word in which a pair of codes lies at `place_of(pair)`, among others.
+__device__ constexpr bool is_gathered(int pair) { return BITS == 3 && pair >= 30; }
+
+__device__ constexpr int place_of(int pair) {
+    const int at = BITS * (pair % EACH);
+    return is_gathered(pair) ? GATHERED : at - shift_of(at);
+}
+
+__device__ __forceinline__ u32 word_of(const u32* words, int pair) {
+    if (is_gathered(pair)) return gathered(words + 3 * (pair - 30));
+    return words[pair / EACH] >> shift_of(BITS * (pair % EACH));
 }
 
 // 2^23 and a byte of a word, in fp32

@@ -48,7 +48,7 @@ constexpr int PITCH = ROWS + 4;  // floats of a token's sums in shared memory, f
 struct Weights {
     u32 words[TILES][LANE_WORDS];
     u32 scales[TILES][SUBS][SCALE == 2 ? 2 : 1];  // of rows g and g + 8
-    u16 zeros[TILES][SUBS];
+    u32 zeros[TILES][SUBS];
 };
 
 // A value that the assembler keeps in a register, where it would make it anew at each use.
@@ -102,7 +102,8 @@ __device__ __forceinline__ void fetch(Weights& w, const Places& at, int ahead, i
             } else {
                 w.scales[i][sub][0] = __ldg(reinterpret_cast<const u32*>(scale));
             }
-            w.zeros[i][sub] = __ldg(reinterpret_cast<const u16*>(at.zeros + pair * 2));
+            asm volatile("ld.global.nc.u16 %0, [%1];"
+                         : "=r"(w.zeros[i][sub]) : "l"(at.zeros + pair * 2));
         }
     }
 }
@@ -119,21 +120,17 @@ __device__ __forceinline__ u32 less(u32 a, u32 b) {  // a - b, of both halves
 // What the codes at a place are too much by: the power of 2, and the zero of rows g + 8 * HALF.
 template <int HALF, int PLACE>
 __device__ __forceinline__ u32 excess(u32 zeros) {
-    const u32 zero = __byte_perm(zeros, 0, HALF ? 0x4141 : 0x4040);
-    if constexpr (PLACE == 0) {
-        return zero | power2(TOP);
-    } else {
+    if constexpr (PLACE == 0)  // the power is in the upper byte of a half, the zero in the lower
+        return __byte_perm(zeros, power2(TOP), HALF ? 0x7171 : 0x7070);
+    else
         return less(excess<HALF, 0>(zeros), power2_less(PLACE));
-    }
 }
 
 // Two codes of a lane, pair 4 * step + register, less their zeros, in half precision.
 template <int PAIR>
 __device__ __forceinline__ u32 codes(const u32* words, u32 zeros, const u32 (&masks)[PLACES]) {
     constexpr int half = PAIR & 1;
-    if constexpr (BITS == 3 && PAIR >= 30) {
-        return less(scattered(words, PAIR) | power2(TOP), excess<half, 0>(zeros));
-    } else if constexpr (BYTES) {
+    if constexpr (BYTES) {
         const float zero = widened(zeros, half);
         return pack2(widened(words[PAIR / 2], PAIR % 2) - zero,
                      widened(words[PAIR / 2], PAIR % 2 + 2) - zero);
@@ -141,11 +138,11 @@ __device__ __forceinline__ u32 codes(const u32* words, u32 zeros, const u32 (&ma
         return less(__byte_perm(words[PAIR / 2], power2(TOP), PAIR % 2 ? 0x7371 : 0x7270),
                     excess<half, 0>(zeros));
     } else {
-        constexpr int at = BITS * (PAIR % EACH), shift = shift_of(at), place = at - shift;
+        constexpr int place = place_of(PAIR);
         u32 result;  // (word & mask) | exponent
         asm("lop3.b32 %0, %1, %2, %3, 0xEA;"
             : "=r"(result)
-            : "r"(words[PAIR / EACH] >> shift), "r"(masks[place / BITS]), "n"(power2(TOP - place)));
+            : "r"(word_of(words, PAIR)), "r"(masks[place / BITS]), "n"(power2(TOP - place)));
         return less(result, excess<half, place>(zeros));
     }
 }

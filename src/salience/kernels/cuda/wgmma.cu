@@ -97,14 +97,10 @@ __device__ Group group_of(unsigned low, unsigned high, unsigned zeros) {
 // The pair of codes `pair` (0 to 31) of a lane's words, rows h of the group
 __device__ unsigned unpack(const unsigned (&words)[LANE_WORDS], int pair, int h, const Group& group,
                            const unsigned (&masks)[PLACES]) {
-#if BITS == 3
-  if (pair >= 30) {
-    unsigned code = scattered(words, pair) | power2(TOP);
-    return multiply2(add2(code, group.zero[h]), group.scale[h]);
-  }
-#endif
+#if BITS == 8
   unsigned word = words[pair / EACH];
-  int at = pair % EACH * BITS;
+  int at = pair % EACH;
+#endif
 #if BITS == 8 && BF16  // BYTES
   float low = widened(word, at ? 1 : 0), high = widened(word, at ? 3 : 2);
   return pack2((low - group.zero32[h]) * group.scale32[h],
@@ -113,8 +109,8 @@ __device__ unsigned unpack(const unsigned (&words)[LANE_WORDS], int pair, int h,
   unsigned code = __byte_perm(word, power2(TOP), at ? 0x7371 : 0x7270);
   return multiply2(add2(code, group.zero[h]), group.scale[h]);
 #else
-  int shift = shift_of(at), place = at - shift;
-  unsigned code = ((word >> shift) & masks[place / BITS]) | power2(TOP);
+  int place = place_of(pair);
+  unsigned code = (word_of(words, pair) & masks[place / BITS]) | power2(TOP);
   if (place == 0) return multiply2(add2(code, group.zero[h]), group.scale[h]);
   unsigned zero = add2(group.zero[h], power2_less(place));
   return multiply2(fma2(code, power2(-place), zero), group.scale[h]);
