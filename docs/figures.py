@@ -117,6 +117,7 @@ def decode() -> str:
     for file, name in (
         ("decode_llama_3_8b_h100", "Llama-3-8B"),
         ("decode_llama_3_8b_head8_h100", "Llama-3-8B, head in 8 bits"),
+        ("decode_llama_3_8b_w3_h100", "Llama-3-8B"),
         ("decode_llama_2_7b_h100", "Llama-2-7B"),
     ):
         for variant in load(file)["variants"]:

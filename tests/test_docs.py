@@ -282,7 +282,7 @@ def test_tables_hold_the_numbers_of_the_readme(hooks: Any) -> None:
     mixed = hooks.figures.table("target_bits")
     for value in ("22.80", "23.62"):
         assert value in readme and f"| {value} |" in mixed
-    for rate in ("450", "6098", "166", "2512"):
+    for rate in ("454", "6154", "166", "2514", "495", "6260"):
         assert rate in readme and f"| {rate} |" in hooks.figures.table("decode")
 
 
